@@ -1,0 +1,272 @@
+"""One cube through every format; then every way a file can be broken."""
+
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import rasterio
+import scipy.io
+from rasterio.transform import from_origin
+
+from vision_lowrank.data.readers import read_raster
+from vision_lowrank.errors import DataError
+
+HEIGHT, WIDTH, CHANNELS = 7, 5, 4
+CUBE = np.random.default_rng(3).integers(0, 4000, (HEIGHT, WIDTH, CHANNELS)).astype(np.int16)
+TRANSFORM = from_origin(366000, 5810000, 30, 30)
+WAVELENGTHS = [450.0, 550.5, 650.25, 640.0]
+
+
+def read(path, key=None, axes=None):
+    return read_raster([path], key, axes, HEIGHT, WIDTH)
+
+
+def write_npy(path):
+    np.save(path, CUBE)
+
+
+def write_npy_fortran(path):
+    np.save(path, np.asfortranarray(CUBE.astype(np.float64)))
+
+
+def write_npz(path):
+    np.savez_compressed(path, cube=CUBE, mask=CUBE[..., 0])
+
+
+def write_mat5(path):
+    scipy.io.savemat(path, {"cube": CUBE, "note": "text"}, do_compression=True)
+
+
+def write_mat73(path):
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file.create_dataset("cube", data=CUBE.T, compression="gzip")
+        file.create_dataset("map", data=CUBE[..., 0].T)
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file")
+
+
+def write_tif(path, rows=slice(None), columns=slice(None), values=CUBE, **options):
+    piece = values[rows, columns]
+    transform = from_origin(366000 + 30 * (columns.start or 0), 5810000 - 30 * (rows.start or 0), 30, 30)
+    profile = {"driver": "GTiff", "crs": "EPSG:32633", "transform": transform, "dtype": piece.dtype, **options}
+    with rasterio.open(path, "w", height=piece.shape[0], width=piece.shape[1], count=CHANNELS, **profile) as file:
+        file.write(np.moveaxis(piece, -1, 0))
+        file.descriptions = tuple(f"band {i + 1} ({value} Nanometers)" for i, value in enumerate(WAVELENGTHS))
+
+
+def write_envi(path, interleave="bsq", order="<", offset=0, units="Nanometers", scale=1.0):
+    axes = {"bsq": (2, 0, 1), "bil": (0, 2, 1), "bip": (0, 1, 2)}[interleave]
+    binary = path.with_suffix(f".{interleave}") if path.suffix == ".hdr" else path
+    binary.write_bytes(b"\xff" * offset + CUBE.transpose(axes).astype(f"{order}i2").tobytes())
+    waves = ", ".join(str(value * scale) for value in WAVELENGTHS)
+    path.with_suffix(".hdr").write_text(
+        f"ENVI\ndescription = {{\n  bands = 99 in a text}}\nsamples = {WIDTH}\nlines   = {HEIGHT}\nbands = {CHANNELS}\n"
+        f"header offset = {offset}\nfile type = ENVI Standard\ndata type = 2\ninterleave = {interleave}\n"
+        f"byte order = {int(order == '>')}\nwavelength units = {units}\nwavelength = {{\n {waves}}}\n"
+        "map info = {UTM, 1, 1, 366000, 5810000, 30, 30, 33, North, WGS-84, units=Meters}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "key"),
+    [
+        ("a.npy", write_npy, None),
+        ("a.npy", write_npy_fortran, None),
+        ("a.npz", write_npz, "cube"),
+        ("a.mat", write_mat5, "cube"),
+        ("a.mat", write_mat5, None),
+        ("a.mat", write_mat73, "cube"),
+        ("a.mat", write_mat73, None),
+        ("a.tif", write_tif, None),
+        ("a.hdr", write_envi, None),
+        ("a.bsq", write_envi, None),
+    ],
+)
+def test_every_format_gives_the_same_cube(tmp_path, name, write, key):
+    path = tmp_path / name
+    write(path)
+    values = read(path, key).values
+    assert values.dtype == np.float32
+    assert np.array_equal(values, np.moveaxis(CUBE, -1, 0))
+
+
+@pytest.mark.parametrize("interleave", ["bsq", "bil", "bip"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("offset", [0, 13])
+def test_envi_layouts(tmp_path, interleave, order, offset):
+    path = tmp_path / "a.hdr"
+    write_envi(path, interleave, order, offset)
+    raster = read(path)
+    assert np.array_equal(raster.values, np.moveaxis(CUBE, -1, 0))
+    assert np.allclose(raster.bands.wavelengths, WAVELENGTHS)
+    assert raster.georeference.transform == pytest.approx((30, 0, 366000, 0, -30, 5810000))
+
+
+def test_micrometres_that_say_so_become_nanometres(tmp_path):
+    write_envi(tmp_path / "a.hdr", units="Micrometers", scale=1e-3)
+    assert np.allclose(read(tmp_path / "a.hdr").bands.wavelengths, WAVELENGTHS)
+
+
+def test_micrometres_without_unit_are_refused(tmp_path):
+    write_envi(tmp_path / "a.hdr", units="Unknown", scale=1e-3)
+    with pytest.raises(DataError, match=r"a\.bsq: wavelengths from 0\.45 to 0\.65025 look like micrometres"):
+        read(tmp_path / "a.hdr")
+
+
+@pytest.mark.parametrize(
+    ("axes", "array"),
+    [
+        ("channels height width", CUBE.transpose(2, 0, 1)),
+        ("width height channels", CUBE.transpose(1, 0, 2)),
+        ("channels (width height)", CUBE.transpose(2, 1, 0).reshape(CHANNELS, -1)),
+        ("(height width) channels", CUBE.reshape(-1, CHANNELS)),
+    ],
+)
+def test_axes_say_how_an_array_lies(tmp_path, axes, array):
+    np.save(tmp_path / "a.npy", array)
+    assert np.array_equal(read(tmp_path / "a.npy", axes=axes).values, np.moveaxis(CUBE, -1, 0))
+
+
+def test_tiles_are_put_together_by_place_whatever_their_order(tmp_path):
+    parts = {
+        "b.tif": (slice(0, 4), slice(0, 2)),
+        "a.tif": (slice(4, 7), slice(2, 5)),
+        "c.tif": (slice(0, 4), slice(2, 5)),
+    }
+    for name, (rows, columns) in parts.items():
+        write_tif(tmp_path / name, rows, columns, nodata=-1)
+    raster = read_raster(sorted(tmp_path.glob("*.tif")), None, None, HEIGHT, WIDTH)
+    expected = np.moveaxis(CUBE, -1, 0).astype(np.float32)
+    expected[:, 4:, :2] = np.nan
+    assert np.array_equal(raster.values, expected, equal_nan=True)
+    assert raster.georeference.crs == "EPSG:32633"
+    assert raster.georeference.transform == tuple(TRANSFORM)[:6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crs": "EPSG:32632"}, "crs EPSG:32632 differs from EPSG:32633"),
+        ({"transform": from_origin(366000, 5809880, 10, 10)}, "pixel size"),
+        ({"transform": from_origin(366011, 5809880, 30, 30)}, "not on its pixel grid"),
+        ({"crs": None, "transform": None}, "without georeference"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_named(tmp_path, options, message):
+    write_tif(tmp_path / "a.tif", slice(0, 4))
+    write_tif(tmp_path / "b.tif", slice(4, 7), **options)
+    with pytest.raises(DataError, match=rf"b\.tif: .*{message}"):
+        read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH)
+
+
+def damage(name, write, change):
+    def make(folder: Path) -> Path:
+        write(folder / name)
+        change(folder / name)
+        return folder / name
+
+    return make
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * 0.6)])
+
+
+def html(path):
+    path.write_text("<!DOCTYPE html><html>please log in</html>")
+
+
+def shorten_binary(path):
+    cut(path.with_suffix(".bsq"))
+
+
+def remove_binary(path):
+    path.with_suffix(".bsq").unlink()
+
+
+def drop_samples(path):
+    path.write_text(path.read_text().replace("samples", "sample"))
+
+
+BROKEN = {
+    **{f"{kind} {suffix}": damage(f"a.{suffix}", write, change)
+       for kind, change in (("cut", cut), ("html", html), ("empty", lambda path: path.write_bytes(b"")))
+       for suffix, write in (("npy", write_npy), ("npz", write_npz), ("mat", write_mat5), ("tif", write_tif))},
+    "cut v7.3": damage("a.mat", write_mat73, cut),
+    "cut binary": damage("a.hdr", write_envi, shorten_binary),
+    "no binary": damage("a.hdr", write_envi, remove_binary),
+    "cut header": damage("a.hdr", write_envi, lambda path: path.write_text(path.read_text()[:60])),
+    "header without samples": damage("a.hdr", write_envi, drop_samples),
+    "html header": damage("a.hdr", write_envi, html),
+    "no header": damage("a.bsq", write_envi, lambda path: path.with_suffix(".hdr").unlink()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_file_is_named_in_one_line(tmp_path, case):
+    path = BROKEN[case](tmp_path)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "a."))
+    assert "\n" not in message
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_arrays_is_never_run(tmp_path):
+    canary = tmp_path / "canary"
+    np.save(tmp_path / "a.npy", np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "a.npz", cube=np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(pickle.dumps(Canary(canary)))
+    for name in ("a.npy", "a.npz", "b.npy"):
+        with pytest.raises(DataError, match=name):
+            read(tmp_path / name)
+    assert not canary.exists()
+
+
+def test_cells_and_objects_are_refused(tmp_path):
+    cells = np.empty((2, 2), dtype=object)
+    cells[:] = [["a", "b"], ["c", "d"]]
+    scipy.io.savemat(tmp_path / "a.mat", {"cube": cells})
+    with pytest.raises(DataError, match=r"a\.mat key cube: array of type object"):
+        read(tmp_path / "a.mat")
+    with h5py.File(tmp_path / "b.mat", "w") as file:
+        file.create_dataset("cube", (2, 2), dtype=h5py.ref_dtype)
+    with pytest.raises(DataError, match=r"b\.mat key cube: a cell or object array"):
+        read(tmp_path / "b.mat")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("cub", "no array 'cub'; it holds cube, mask"), (None, "name the array in the card's `key`")]
+)
+def test_wrong_key_lists_what_there_is(tmp_path, key, message):
+    path = tmp_path / "a.npz"
+    np.savez(path, cube=CUBE, mask=CUBE)
+    with pytest.raises(DataError, match=message):
+        read(path, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "axes", "message"),
+    [
+        ("a.npy", "cube", None, "holds one array; remove key 'cube'"),
+        ("a.npy", None, "channels (height width)", "do not fit the array of shape"),
+        ("a.npy", None, "channels height", "do not fit the array of shape"),
+        ("a.csv", None, None, "unknown format '.csv'"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, name, key, axes, message):
+    path = tmp_path / name
+    np.save(tmp_path / "a.npy", CUBE)
+    with pytest.raises(DataError, match=message):
+        read(path, key, axes)

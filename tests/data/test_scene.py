@@ -1,0 +1,222 @@
+import hashlib
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import shared_path
+from tensorly.datasets import load_indian_pines
+
+from vision_lowrank.data.cards import load_card
+from vision_lowrank.data.scene import IGNORE, open_scene
+from vision_lowrank.errors import DataError
+
+
+def test_indian_pines_equals_the_package():
+    scene = open_scene("indian_pines", "nowhere")
+    original = load_indian_pines()
+    assert np.array_equal(scene.image, np.moveaxis(original["tensor"], -1, 0))
+    assert np.array_equal((scene.labels + 1) % (IGNORE + 1), original["ticks"][0])
+    assert scene.valid.all()
+    assert scene.dropped_bands == ()
+    assert scene.bands.rgb() == (25, 15, 5)
+
+
+def test_hashes_are_those_of_the_files(tiny, tmp_path):
+    scene = open_scene(tiny.write(), tmp_path)
+    assert scene.hashes["image.npy"] == hashlib.sha256((tmp_path / "image.npy").read_bytes()).hexdigest()
+    assert set(scene.hashes) == {"image.npy", "labels.npy"}
+
+
+def test_values_that_are_missing_are_masked_and_counted(tiny, tmp_path, caplog):
+    tiny.labels[:] = 1
+    tiny.image[2, 3, 1] = np.nan
+    tiny.image[5, 6, 0] = np.inf
+    tiny.image[7, 8, 2] = -9999
+    tiny.card["nodata"] = -9999
+    with caplog.at_level(logging.WARNING):
+        scene = open_scene(tiny.write(), tmp_path)
+    empty = np.zeros(tiny.labels.shape, bool)
+    empty[[2, 5, 7], [3, 6, 8]] = True
+    assert np.array_equal(scene.valid, ~empty)
+    assert (scene.image[:, empty] == 0).all()
+    assert (scene.labels[empty] == IGNORE).all()
+    assert (scene.labels[~empty] == 0).all()
+    assert np.array_equal(scene.image[:, ~empty], np.moveaxis(tiny.image, -1, 0)[:, ~empty])
+    assert "tiny: 3 of 480 pixels lack values, 3 labelled" in caplog.text
+
+
+def test_bands_without_variation_are_dropped_with_their_wavelengths(tiny, tmp_path, caplog):
+    tiny.image[..., 1] = 42
+    tiny.image[..., 4] = np.nan
+    # constant but for a pixel that another band's gap makes invalid
+    tiny.image[..., 5] = 7
+    tiny.image[0, 0, 5] = 8
+    tiny.image[0, 0, 0] = np.nan
+    with caplog.at_level(logging.WARNING):
+        scene = open_scene(tiny.write(), tmp_path)
+    assert scene.dropped_bands == (1, 4, 5)
+    assert scene.bands.wavelengths.tolist() == [450, 650, 750]
+    assert np.array_equal(scene.image[1][scene.valid], tiny.image[..., 2][scene.valid])
+    assert (~scene.valid).sum() == 1
+    assert "3 bands without values or variation dropped, indices [1, 4, 5]" in caplog.text
+
+
+def test_label_values_follow_the_card(tiny, tmp_path):
+    tiny.card["classes"] = [
+        {"name": "grass", "colour": "#00ff00", "value": 7},
+        {"name": "soil", "colour": "#aa5500", "value": 0},
+    ]
+    tiny.card["ignore"] = [255, 9]
+    tiny.labels = np.full(tiny.labels.shape, 255, np.uint8)
+    tiny.labels[0, :4] = [7, 0, 9, 7]
+    labels = open_scene(tiny.write(), tmp_path).labels
+    assert labels[0, :5].tolist() == [0, 1, IGNORE, 0, IGNORE]
+
+
+def test_a_scene_needs_no_labels(tiny, tmp_path):
+    del tiny.card["files"]["labels"]
+    scene = open_scene(tiny.write(), tmp_path)
+    assert (scene.labels == IGNORE).all()
+
+
+def change_label_shape(tiny):
+    tiny.labels = tiny.labels[:-1]
+
+
+def change_image_shape(tiny):
+    tiny.image = tiny.image[..., :-1]
+
+
+def change_label_value(tiny):
+    tiny.labels[4, 4] = 77
+
+
+def fraction_label(tiny):
+    tiny.labels = tiny.labels + 0.5
+
+
+def no_values(tiny):
+    tiny.image[:] = np.nan
+
+
+def constant_image(tiny):
+    tiny.image[:] = 3
+
+
+def wrong_count(tiny):
+    tiny.card["classes"][1]["pixels"] = 1
+
+
+def wrong_hash(tiny):
+    tiny.card["files"]["image"] = [{"path": "image.npy", "sha256": "0" * 64}]
+
+
+def wrong_size(tiny):
+    tiny.card["files"]["labels"] = [{"path": "labels.npy", "size": 3}]
+
+
+def no_file(tiny):
+    tiny.card["files"]["image"] = ["cube.npy"]
+    tiny.card["source"] = {"page": "https://example.org/scene"}
+
+
+def no_wavelengths(tiny):
+    tiny.card["bands"] = {"from_file": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_label_shape, r"label map labels\.npy: shape 23 x 20, the image has 24 x 20"),
+        (change_image_shape, r"image\.npy: 24 x 20 x 5 \(rows, columns, channels\), the card says 24 x 20 x 6"),
+        (change_label_value, r"labels\.npy: value 77 is neither one of the 3 classes nor ignored; add it"),
+        (fraction_label, r"labels\.npy: value 0\.5, 1\.5"),
+        (no_values, "scene tiny: no pixel has a value in every band"),
+        (constant_image, "scene tiny: every band is constant"),
+        (wrong_count, "class soil has [0-9]+ pixels, the card says 1;"),
+        (wrong_hash, r"image\.npy: sha256 [0-9a-f]{64}, the card says 0{64}; delete"),
+        (wrong_size, r"labels\.npy: [0-9]+ bytes, the card says 3; delete"),
+        (no_file, r"1 files not found; get cube\.npy from https://example\.org/scene and put .* into .*/tiny"),
+        (no_wavelengths, r"image\.npy has no wavelengths; list them"),
+    ],
+)
+def test_contradictions_are_named_in_one_line(tiny, tmp_path, change, message):
+    change(tiny)
+    with pytest.raises(DataError, match=message) as caught:
+        open_scene(tiny.write(), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_nominal_wavelengths_step_in_where_the_file_has_none(tiny, tmp_path, caplog):
+    tiny.card["bands"]["from_file"] = True
+    scene = open_scene(tiny.write(), tmp_path)
+    assert scene.bands.wavelengths.tolist() == [450, 550, 650, 750, 850, 950]
+    assert "the image file has no wavelengths" in caplog.text
+
+
+POTSDAM = {
+    "name": "enmap_potsdam",
+    "title": "Potsdam",
+    "sensor": "EnMAP",
+    "files": {"image": ["images/*.tif"], "labels": ["labels/*.tif"]},
+    "shape": {"height": 192, "width": 160, "channels": 224},
+    "bands": {"from_file": True},
+    "gsd": 30,
+    "classes": [
+        {"name": f"class {index}", "colour": f"#0000{index}0", "pixels": pixels}
+        for index, pixels in enumerate([505, 953, 1694, 2070, 91, 359])
+    ],
+    "licence": "see the provider",
+    "citation": "see the provider",
+}
+
+
+def test_real_tiles_of_a_satellite_scene(tmp_path):
+    folder = shared_path("data", "enmap_potsdam")
+    path = tmp_path / "card.yaml"
+    path.write_text(yaml.safe_dump(POTSDAM))
+    scene = open_scene(path, folder)
+    assert scene.image.shape == (218, 192, 160)
+    assert scene.dropped_bands == (129, 130, 131, 132, 133, 134)
+    assert scene.bands.wavelengths[[0, -1]].tolist() == pytest.approx([418.24, 2445.53])
+    assert scene.bands.widths is not None
+    # 18 tiles of 32 x 32 pixels
+    assert scene.valid.sum() == 18 * 32 * 32
+    assert scene.georeference.crs == "EPSG:32633"
+    assert scene.georeference.transform == (30, 0, 364095, 0, -30, 5809965)
+    assert len(scene.hashes) == 36
+    # trees are green: near infrared well above red
+    red, infrared = (np.abs(scene.bands.wavelengths - wave).argmin() for wave in (665, 865))
+    trees = scene.image[:, scene.labels == 3]
+    ndvi = (trees[infrared] - trees[red]) / (trees[infrared] + trees[red])
+    assert np.median(ndvi) > 0.7
+
+
+def test_gsd_is_compared_with_the_georeference(tmp_path):
+    folder = shared_path("data", "enmap_potsdam")
+    path = tmp_path / "card.yaml"
+    path.write_text(yaml.safe_dump({**POTSDAM, "gsd": 3.0}))
+    with pytest.raises(DataError, match="pixels of 30 m, the card says gsd 3"):
+        open_scene(load_card(path), folder)
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+import h5py, lightning, numpy, rasterio, scipy.io, scipy.ndimage, sklearn.decomposition, torch
+from vision_lowrank.data.modules import SceneDataModule
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+module = SceneDataModule("indian_pines", "data", 13, 30, False, {"kind": "random", "train": 0.09, "validation": 0.01},
+                         64, 256, 0)
+module.setup()
+print((peak() - before) / (145 * 145 * 200 * 4))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="peak memory is read from the resource module of Unix")
+def test_preparing_a_scene_takes_at_most_one_and_a_half_cubes():
+    result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
+    assert 0.5 < float(result.stdout) <= 1.5

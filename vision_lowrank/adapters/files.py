@@ -1,0 +1,180 @@
+"""Adapters on disk, in peft's layout (see `peft_layout`)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vision_lowrank import __version__
+from vision_lowrank.adapters.injection import adapted_layers, attach, trained_modules
+from vision_lowrank.adapters.layers import AdaptedLayer
+from vision_lowrank.adapters.peft_layout import OWN_TYPE, PREFIX, check_layers_of_peft, methods_from_config, to_config
+from vision_lowrank.adapters.targets import check_layers, walk
+from vision_lowrank.errors import AdapterError
+from vision_lowrank.runs import atomic_path, write_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Writes one adapter and the modules trained beside it; LoRA files are read by peft as they are.
+
+    The strength is not written: a loaded adapter has strength 1, as at evaluation.
+
+    Args:
+        model: a model with adapters.
+        folder: where to write `adapter_model.safetensors` and `adapter_config.json`; made if absent.
+        name: the adapter to write. The name itself is not in the file.
+
+    Raises:
+        AdapterError: no such adapter, or the adapters are merged.
+    """
+    layers = adapted_layers(model, name)
+    heads = trained_modules(model, name)
+    methods = {path: layer.methods[name] for path, layer in layers.items()}
+    tensors = {
+        f"{path}.{key}": tensor for path, layer in layers.items() for key, tensor in _stored(layer, name).items()
+    }
+    for path in heads:
+        tensors.update({f"{path}.{key}": tensor for key, tensor in model.get_submodule(path).state_dict().items()})
+    bases = {path: layer.base for path, layer in layers.items()}
+    config = to_config(methods, bases, heads, [path for path, _ in walk(model)])
+    metadata = {"format": "pt"}
+    if config["peft_type"] == OWN_TYPE:
+        kinds = sorted({type(method).__name__ for method in methods.values()})
+        metadata |= {"vision_lowrank": __version__, "method": "+".join(kinds)}
+    with atomic_path(Path(folder) / WEIGHTS) as temporary:
+        # a copy of each, since safetensors refuses tensors that share memory
+        save_file(
+            {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()},
+            temporary,
+            metadata,
+        )
+    write_json(Path(folder) / CONFIG, config)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> list[str]:
+    """Injects the adapter of a folder written by `save_adapter` or, for LoRA, by peft, with its trained modules.
+
+    Everything is checked before the model is touched. Base frozen, adapters and trained modules with gradients, as
+    after `inject`.
+
+    Args:
+        model: the model the adapter was trained on, without an adapter of that name.
+        folder: holds `adapter_model.safetensors` and `adapter_config.json`.
+        name: name to give the adapter.
+
+    Returns:
+        The paths of the adapted layers.
+
+    Raises:
+        AdapterError: a file is missing or damaged, asks for something else than plain or gated LoRA, or does not
+            belong to this model; or the name is taken.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS)
+    source = str(folder / WEIGHTS)
+    methods = methods_from_config(config, tensors, str(folder / CONFIG))
+    if not methods:
+        raise AdapterError(f"{source}: holds no adapted layer; save the adapter again")
+    paths = {path for path, _ in walk(model)}
+    if missing := [path for path in methods if path not in paths]:
+        raise AdapterError(
+            f"{source}: key {PREFIX}{missing[0]}.lora_A.weight is for a layer that this {type(model).__name__} "
+            "does not have: load it into the model it was trained on"
+        )
+    layers = check_layers(model, list(methods))
+    check_layers_of_peft(config, layers, source)
+    expected = {
+        f"{path}.{key}": tensor.shape
+        for path, method in methods.items()
+        for key, tensor in _without_strength(method.build(layers[path])).items()
+    }
+    heads = _find_heads(model, config.get("modules_to_save") or [], [key for key in tensors if key not in expected])
+    for path in heads:
+        state = model.get_submodule(path).state_dict()
+        expected.update({f"{path}.{key}": tensor.shape for key, tensor in state.items()})
+    _check_tensors(tensors, expected, source)
+
+    attach(model, methods, name, heads)
+    with torch.no_grad():
+        for path, layer in adapted_layers(model, name).items():
+            if path in methods:
+                _copy(_stored(layer, name), tensors, path)
+        for path in heads:
+            _copy(model.get_submodule(path).state_dict(), tensors, path)
+    return list(methods)
+
+
+def _stored(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
+    """Returns what of an adapter goes into a file."""
+    if layer.merged:
+        raise AdapterError("the adapters are merged: call unmerge(model) before saving them")
+    return _without_strength(layer.adapters[name])
+
+
+def _without_strength(adapter: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in adapter.state_dict().items() if key != "strength"}
+
+
+def _copy(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str) -> None:
+    for key, target in targets.items():
+        target.copy_(tensors[f"{path}.{key}"])
+
+
+def _find_heads(model: nn.Module, names: list[str], keys: list[str]) -> list[str]:
+    """Returns the paths of the modules that `modules_to_save` names and the file holds."""
+    matches = [path for path, _ in walk(model) if any(path == name or path.endswith(f".{name}") for name in names)]
+    return [path for path in matches if any(key.startswith(f"{path}.") for key in keys)]
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
+    for key, tensor in tensors.items():
+        if key not in expected:
+            raise AdapterError(
+                f"{source}: key {PREFIX}{key} is neither part of a plain or gated LoRA nor of a module in "
+                "modules_to_save that this model has: load it with peft, or into the model it was trained on"
+            )
+        if tensor.shape != expected[key]:
+            raise AdapterError(
+                f"{source}: key {PREFIX}{key} has shape {tuple(tensor.shape)}, the model and {CONFIG} ask for "
+                f"{tuple(expected[key])}: use the model it was trained on, with as many classes"
+            )
+    if missing := [key for key in expected if key not in tensors]:
+        raise AdapterError(f"{source}: key {PREFIX}{missing[0]} is missing; the file is incomplete, save it again")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} does not exist: give the folder that save_adapter or peft wrote") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}): save or copy the adapter again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} holds a {type(config).__name__}, not settings: save or copy the adapter again")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, which cannot hold code, and takes peft's prefix off the keys."""
+    if not path.is_file():
+        raise AdapterError(
+            f"{path} does not exist; pickled adapters (.bin) are not read: let peft save it as safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged ({error}): save or copy the adapter again") from None
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{path}: key {key!r} does not start with {PREFIX!r}; save the adapter with peft again")
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}

@@ -1,0 +1,186 @@
+"""Which layers of a model a user means: name suffixes, globs, regular expressions or a function."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
+from vision_lowrank.errors import AdapterError
+
+Target: TypeAlias = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
+Targets: TypeAlias = Target | Sequence[Target]
+
+SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# these modules hand the weight of the named children to a fused kernel and never call the children
+_READS_WEIGHTS_OF = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
+
+
+def find_targets(model: nn.Module, targets: Targets) -> list[str]:
+    """Resolves targets to the paths of layers, in the model's order.
+
+    A plain string is a suffix of whole path components: `attn.qkv` means every `....attn.qkv`, and `proj` never means
+    `out_proj`. A string with `*`, `?` or `[` is a glob over the whole path, a compiled pattern must match the whole
+    path, a function gets path and layer. Globs, patterns and functions only see linear and convolution layers.
+
+    Raises:
+        AdapterError: a target matches nothing, layers of a kind that has no adapters, or, as a plain suffix, both
+            linear and convolution layers (in a ViT `proj` is the attention's projection and the patch embedding).
+    """
+    chosen: dict[str, None] = {}
+    for target in as_sequence(targets):
+        chosen.update(dict.fromkeys(_find_one(model, target)))
+    return [path for path, _ in walk(model) if path in chosen]
+
+
+def find_modules(model: nn.Module, names: Targets) -> list[str]:
+    """Resolves names of modules of any kind in the same way, for instance the head to train beside the adapters.
+
+    Raises:
+        AdapterError: a name matches no module with parameters.
+    """
+    modules = {path: module for path, module in walk(model) if next(module.parameters(), None) is not None}
+    found: dict[str, None] = {}
+    for name in as_sequence(names):
+        matches = [path for path, module in modules.items() if _matches(name, path, module)]
+        if not matches:
+            raise AdapterError(f"no module to train matches {_text(name)}; {_near(name, modules)}")
+        # a glob such as head* also matches what lies below a match, which comes with it
+        found.update((path, None) for path in matches if not any(path.startswith(f"{other}.") for other in matches))
+    return list(found)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields path and module below `model`; an adapted layer is one module, its inside is not entered."""
+    inside = None
+    for path, module in model.named_modules():
+        if path == "" or (inside is not None and path.startswith(inside)):
+            continue
+        inside = f"{path}." if isinstance(module, AdaptedLayer) else None
+        yield path, module
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Returns the layer below the adapters, or the module itself where there are none."""
+    return module.base if isinstance(module, AdaptedLayer) else module
+
+
+def check_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, BaseLayer]:
+    """Returns the layers at `paths`, below adapters that are there already, if adapters can be put on all of them.
+
+    Raises:
+        AdapterError: a layer is of a kind without adapters, its owner by-passes it, or its weight is shared with
+            another layer or computed from other tensors.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    layers = {}
+    for path in paths:
+        layers[path] = layer = _check_kind(model, path)
+        if len(names := owners[id(layer.weight)]) > 1:
+            raise AdapterError(
+                f"the weight of layer {path!r} is shared ({', '.join(names)}): an adapter would change one place only; "
+                "leave the layer out of the targets or untie the weight"
+            )
+    return layers
+
+
+def as_sequence(targets: Targets) -> Sequence[Target]:
+    """Wraps a single target in a list."""
+    return [targets] if isinstance(targets, str | re.Pattern) or callable(targets) else list(targets)
+
+
+def _check_kind(model: nn.Module, path: str) -> BaseLayer:
+    """Returns the layer at `path` if it computes what its class promises, from a weight of its own."""
+    layer = base_of(model.get_submodule(path))
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    for owner, children in _READS_WEIGHTS_OF.items():
+        if isinstance(parent, owner) and child in children:
+            raise AdapterError(
+                f"layer {path!r} belongs to an {owner.__name__}, which reads its weight without calling it, so an "
+                "adapter would do nothing: leave it out, or use an attention made of plain linear layers (as timm's)"
+            )
+    if not isinstance(layer, SUPPORTED):
+        names = ", ".join(kind.__name__ for kind in SUPPORTED)
+        raise AdapterError(f"layer {path!r} is a {type(layer).__name__}; adapters are for {names}")
+    kind = next(kind for kind in SUPPORTED if isinstance(layer, kind))
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(layer), method, None) is not getattr(kind, method, None):
+            raise AdapterError(
+                f"layer {path!r} is a {type(layer).__name__}, whose {method} is not that of {kind.__name__}, so its "
+                "adapter would compute something else: leave it out of the targets"
+            )
+    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+        raise AdapterError(
+            f"the weight of layer {path!r} is computed from other tensors (a parametrization, weight norm or pruning): "
+            "make it plain first, for instance with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    return layer
+
+
+def _find_one(model: nn.Module, target: Target) -> list[str]:
+    modules = {path: base_of(module) for path, module in walk(model)}
+    layers = {path: module for path, module in modules.items() if isinstance(module, SUPPORTED)}
+    matches = [path for path, layer in layers.items() if _matches(target, path, layer)]
+    if not matches:
+        others = [
+            path for path, module in modules.items() if isinstance(target, str) and _matches(target, path, module)
+        ]
+        if others:
+            kind = type(modules[others[0]]).__name__
+            names = ", ".join(kind.__name__ for kind in SUPPORTED)
+            raise AdapterError(f"target {_text(target)} matches {others[0]!r}, a {kind}; adapters are for {names}")
+        raise AdapterError(f"target {_text(target)} matches no layer; {_near(target, layers)}")
+    if isinstance(target, str) and not _is_glob(target):
+        linear = [path for path in matches if isinstance(layers[path], nn.Linear)]
+        convolutions = [path for path in matches if path not in linear]
+        if linear and convolutions:
+            raise AdapterError(
+                f"target {target!r} matches linear layers ({linear[0]!r}, {len(linear)} in all) and convolutions "
+                f"({convolutions[0]!r}, {len(convolutions)} in all): name more of the path, such as "
+                f"{'.'.join(linear[0].split('.')[-2:])!r}, or use a glob such as '*{target}' to mean both"
+            )
+    return matches
+
+
+def _matches(target: Target, path: str, module: nn.Module) -> bool:
+    if isinstance(target, re.Pattern):
+        return target.fullmatch(path) is not None
+    if not isinstance(target, str):
+        return bool(target(path, module))
+    if _is_glob(target):
+        return fnmatchcase(path, target)
+    return path == target or path.endswith(f".{target}")
+
+
+def _is_glob(target: str) -> bool:
+    return any(sign in target for sign in "*?[")
+
+
+def _text(target: Target) -> str:
+    return repr(target.pattern if isinstance(target, re.Pattern) else target)
+
+
+def _near(target: Target, candidates: Iterable[str]) -> str:
+    """Says which suffixes of the candidates' paths look like the target, or else which are the most frequent."""
+    suffixes: Counter[str] = Counter()
+    for path in candidates:
+        parts = path.split(".")
+        suffixes.update(".".join(parts[-length:]) for length in (1, 2) if length <= len(parts))
+    if not suffixes:
+        return "the model has no such layers at all"
+    wanted = target if isinstance(target, str) else ""
+    near = difflib.get_close_matches(wanted, suffixes, n=5, cutoff=0.5)
+    return (
+        f"near names: {', '.join(near)}"
+        if near
+        else f"names there are: {', '.join(n for n, _ in suffixes.most_common(8))}"
+    )

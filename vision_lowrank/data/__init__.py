@@ -1,0 +1,1 @@
+"""Scenes: cards, readers, splits, patches, preprocessing and Lightning data modules."""

@@ -1,0 +1,298 @@
+"""Dataset cards: one YAML file that says all there is to know about a scene.
+
+The folder `datasets/` of the repository holds the cards that come with the project; any other path to a `.yaml` file is
+a user's own. Fields and their meaning: `datasets/README.md`.
+"""
+
+import difflib
+import importlib.util
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import yaml
+
+from vision_lowrank.data.bands import Bands, check_wavelengths
+from vision_lowrank.errors import DataError
+
+CARDS_FOLDER = Path(__file__).resolve().parents[2] / "datasets"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files come from: a Python package, a hub repository, or (by hand) a web page."""
+
+    package: str | None = None
+    folder: str = ""
+    hub: str | None = None
+    revision: str = "main"
+    page: str | None = None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: path below the data folder, checks, and how to read an array out of it.
+
+    `axes` is the left side of an einops pattern over channels, height and width, such as "channels (width height)".
+    """
+
+    path: str
+    sha256: str | None = None
+    size: int | None = None
+    key: str | None = None
+    axes: str | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files by role; several images or label maps are tiles; `extra` files are only fetched (ENVI headers)."""
+
+    image: tuple[FileEntry, ...]
+    labels: tuple[FileEntry, ...] = ()
+    extra: tuple[FileEntry, ...] = ()
+
+    def all(self) -> tuple[FileEntry, ...]:
+        """Returns the entries of every role."""
+        return self.image + self.labels + self.extra
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the image as the files hold it, before unusable bands are dropped."""
+
+    height: int
+    width: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class BandsEntry:
+    """Centre wavelengths in nanometres: listed, evenly spaced (`start`, `stop`, `count`), or read from the image file.
+
+    `excluded`: indices of the evenly spaced bands that the files lack, numbers or inclusive ranges such as "103-107".
+    """
+
+    wavelengths: tuple[float, ...] | None = None
+    widths: tuple[float, ...] | None = None
+    start: float | None = None
+    stop: float | None = None
+    count: int | None = None
+    excluded: tuple[int | str, ...] = ()
+    from_file: bool = False
+
+    def on_card(self, where: str) -> Bands | None:
+        """Returns the bands that the card itself states, None where it leaves them to the file.
+
+        Raises:
+            DataError: they are incomplete or no nanometres.
+        """
+        if self.wavelengths is not None:
+            widths = None if self.widths is None else np.asarray(self.widths, dtype=np.float32)
+            return Bands(check_wavelengths(self.wavelengths, f"{where}: bands.wavelengths"), widths)
+        spacing = (self.start, self.stop, self.count)
+        if self.start is not None and self.stop is not None and self.count is not None:
+            grid = np.linspace(self.start, self.stop, self.count)
+            keep = np.setdiff1d(np.arange(self.count), self._excluded(where))
+            return Bands(check_wavelengths(grid[keep], f"{where}: bands.start/stop"))
+        if any(value is not None for value in spacing) or not self.from_file:
+            raise DataError(f"{where}: bands need `wavelengths`, or `start`, `stop` and `count`, or `from_file: true`")
+        return None
+
+    def _excluded(self, where: str) -> list[int]:
+        indices: list[int] = []
+        for item in self.excluded:
+            first, _, last = str(item).partition("-")
+            if not first.isdigit() or not (last or first).isdigit():
+                raise DataError(f"{where}: bands.excluded has {item!r}; give an index or a range such as 103-107")
+            indices.extend(range(int(first), int(last or first) + 1))
+        return indices
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One class: its value in the label map is its place in the list counted from 1, unless `value` says otherwise."""
+
+    name: str
+    colour: str
+    pixels: int | None = None
+    value: int | None = None
+
+
+@dataclass(frozen=True)
+class PublishedSplit:
+    """Label maps that hold the training and the test pixels of a published experiment."""
+
+    train: FileEntry
+    test: FileEntry | None = None
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """Everything the code knows about a scene; see the fields in `datasets/README.md`."""
+
+    name: str
+    title: str
+    sensor: str
+    files: Files
+    shape: Shape
+    bands: BandsEntry
+    gsd: float
+    licence: str
+    citation: str
+    task: str = "scene_classification"
+    source: Source = Source()
+    classes: tuple[ClassEntry, ...] = ()
+    ignore: tuple[int, ...] = (0,)
+    nodata: float | None = None
+    splits: dict[str, PublishedSplit] = field(default_factory=dict)
+    notes: str = ""
+
+    def class_values(self) -> list[int]:
+        """Returns the value of each class in the label map."""
+        return [index + 1 if entry.value is None else entry.value for index, entry in enumerate(self.classes)]
+
+    def folders(self, root: str | Path) -> list[Path]:
+        """Returns the folders where files of this card are looked for, the one that downloads go to first."""
+        if self.source.package is not None:
+            found = importlib.util.find_spec(self.source.package)
+            if found is None or found.origin is None:
+                raise DataError(f"card {self.name}: package {self.source.package!r} is not installed; pip install it")
+            return [Path(found.origin).parent / self.source.folder]
+        return [Path(root) / self.name, Path(root)]
+
+    def find(self, entry: FileEntry, root: str | Path) -> list[Path]:
+        """Returns the file of `entry`, or several where its path is a pattern such as `images/*.tif`; or none."""
+        for folder in self.folders(root):
+            found = sorted(folder.glob(entry.path)) if "*" in entry.path else [folder / entry.path]
+            if found and all(path.is_file() for path in found):
+                return found
+        return []
+
+    def missing(self, root: str | Path) -> list[FileEntry]:
+        """Returns the entries without a file."""
+        return [entry for entry in self.files.all() if not self.find(entry, root)]
+
+    def how_to_get(self, entries: list[FileEntry], root: str | Path) -> str:
+        """Returns one line that names files, the page that has them and the folder where they belong."""
+        names = ", ".join(entry.path for entry in entries)
+        pages = [f"https://huggingface.co/datasets/{self.source.hub}"] if self.source.hub else []
+        pages += [self.source.page] if self.source.page else []
+        origin = f"get {names} from {' or '.join(pages)} and put them" if pages else f"put {names}"
+        return f"{origin} under these names into {self.folders(root)[0].absolute()}"
+
+
+def list_cards() -> list[str]:
+    """Returns the names of the cards that come with the project."""
+    return sorted(path.stem for path in CARDS_FOLDER.glob("*.yaml"))
+
+
+def load_card(name_or_path: str | Path) -> DatasetCard:
+    """Reads a card by name, or by the path of a `.yaml` file.
+
+    Raises:
+        DataError: no such card, or one with an unknown, missing or wrong field.
+    """
+    text = str(name_or_path)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else CARDS_FOLDER / f"{text}.yaml"
+    if not path.is_file():
+        known = list_cards()
+        hint = _nearest(text, known)
+        raise DataError(f"dataset card {text}: not found{hint}; cards: {', '.join(known)}, or the path of a .yaml file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"card {path}: no valid YAML: {' '.join(str(error).split())}") from error
+    card: DatasetCard = _build(DatasetCard, content, f"card {path}", "")
+    _check(card, f"card {path}")
+    return card
+
+
+def _check(card: DatasetCard, where: str) -> None:
+    bands = card.bands.on_card(where)
+    if bands is not None and len(bands) != card.shape.channels:
+        raise DataError(f"{where}: {len(bands)} wavelengths for {card.shape.channels} shape.channels; give one each")
+    if card.gsd <= 0:
+        raise DataError(f"{where}: gsd is {card.gsd}; give the pixel size in metres")
+    for entry in card.classes:
+        digits = entry.colour.removeprefix("#")
+        if len(digits) != 6 or not set(digits.lower()) <= set("0123456789abcdef"):
+            raise DataError(f"{where}: colour {entry.colour!r} of class {entry.name}; write it as '#rrggbb'")
+    groups: tuple[tuple[str, list[Any]], ...] = (
+        ("class names", [entry.name for entry in card.classes]),
+        ("class colours", [entry.colour.lower() for entry in card.classes]),
+        ("class values", card.class_values()),
+        ("class and ignored values", [*card.class_values(), *card.ignore]),
+    )
+    for what, values in groups:
+        twice = {value for value in values if values.count(value) > 1}
+        if twice:
+            raise DataError(f"{where}: {what} must differ, found twice: {', '.join(map(str, sorted(twice, key=str)))}")
+    if card.files.labels and not card.classes:
+        raise DataError(f"{where}: files.labels without classes; list the classes")
+    for file in card.files.all():
+        if "*" in file.path and (file.sha256 or file.size is not None):
+            raise DataError(f"{where}: {file.path} is a pattern without sha256 or size; list the files instead")
+        if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
+            raise DataError(f"{where}: path {file.path} must be relative to the data folder, without '..'")
+
+
+def _build(hint: Any, value: Any, where: str, key: str) -> Any:
+    """Turns parsed YAML into the annotated type `hint`, or tells which key is wrong."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    wrong = DataError(f"{where}: {key or 'the card'} is {value!r}, which is not {_describe(hint)}")
+    if is_dataclass(hint):
+        if hint is FileEntry and isinstance(value, str):
+            value = {"path": value}
+        if not isinstance(value, Mapping):
+            raise wrong
+        return _build_dataclass(hint, value, where, key)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for option in arguments:
+            if option in (int, str) and type(value) is option:
+                return value
+        return _build(next(option for option in arguments if option is not type(None)), value, where, key)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise wrong
+        return tuple(_build(arguments[0], item, where, f"{key}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return {str(name): _build(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise wrong
+    return value
+
+
+def _build_dataclass(hint: Any, value: Mapping[Any, Any], where: str, key: str) -> Any:
+    known = {item.name: item for item in fields(hint)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in known:
+            hint_text = _nearest(str(name), list(known))
+            raise DataError(f"{where}: unknown key {prefix}{name}{hint_text}; keys: {', '.join(known)}")
+    for name, item in known.items():
+        if name not in value and item.default is MISSING and item.default_factory is MISSING:
+            raise DataError(f"{where}: {prefix}{name} is missing; add it")
+    hints = get_type_hints(hint)
+    return hint(**{name: _build(hints[name], item, where, prefix + name) for name, item in value.items()})
+
+
+def _describe(hint: Any) -> str:
+    if is_dataclass(hint):
+        return f"a mapping with the keys {', '.join(item.name for item in fields(hint))}"
+    return {tuple: "a list", dict: "a mapping", int: "a whole number", float: "a number", str: "a text"}.get(
+        get_origin(hint) or hint, str(hint)
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""

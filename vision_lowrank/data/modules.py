@@ -1,0 +1,187 @@
+"""Lightning data modules: from a dataset card to batches."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, load_card
+from vision_lowrank.data.download import fetch
+from vision_lowrank.data.patches import PatchDataset, allocate_cube, collate_batch, reflect_border
+from vision_lowrank.data.preprocessing import ScenePreprocessor
+from vision_lowrank.data.scene import Scene, open_scene, read_labels
+from vision_lowrank.data.splits import Split, block_split, file_split, random_split
+from vision_lowrank.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Loader = DataLoader[dict[str, Tensor]]
+
+
+class SceneDataModule(L.LightningDataModule):
+    """Patches of one scene, split, scaled and batched.
+
+    After `setup`: `scene`, `split`, `preprocessor`, `num_classes`, `num_channels` and the padded `cube`.
+
+    Args:
+        card: name of a dataset card, or path of a card file.
+        root: data folder; missing files are fetched into it where the card says from where.
+        patch_size: side of the patches in pixels, odd.
+        components: principal components, or None for all bands.
+        whiten: unit variance for each component.
+        split: `kind` (random, blocks or from_file) and the arguments of its function in `splits`, such as
+            {"kind": "random", "train": 0.09, "validation": 0.01}. `guard` of blocks defaults to patch_size - 1, `seed`
+            to the module's. from_file takes `published`, a name in the card's `splits`, or `train_file` and perhaps
+            `test_file`, paths in the data folder.
+        batch_size: of training.
+        evaluation_batch_size: of validation, test and prediction.
+        seed: of split and order of training samples.
+        num_workers: loader processes; patches are cheap, 0 is fastest on most machines.
+    """
+
+    def __init__(
+        self,
+        card: str,
+        root: str,
+        patch_size: int,
+        components: int | None,
+        whiten: bool,
+        split: Mapping[str, Any],
+        batch_size: int,
+        evaluation_batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.card = load_card(card)
+        self.root = root
+        self.patch_size = patch_size
+        self.split_options = dict(split)
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.preprocessor = ScenePreprocessor(components, whiten)
+        self.scene: Scene
+        self.split: Split
+        self.cube: Tensor
+        self._shared: dict[str, Tensor] = {}
+        self._ready = False
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes on the card."""
+        return len(self.card.classes)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of a sample: components, or usable bands."""
+        return self.preprocessor.num_channels
+
+    def prepare_data(self) -> None:
+        """Fetches missing files; Lightning calls it on one process only."""
+        fetch(self.card, self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the scene, splits it, fits scaling and components on the training pixels and pads the cube; once."""
+        if self._ready:
+            return
+        fetch(self.card, self.root)
+        self.scene = open_scene(self.card, self.root)
+        self.split = make_split(self.scene.labels, self.card, self.root, self.patch_size, self.split_options, self.seed)
+        logger.info(
+            "%s, %s split: %s; leakage %.1f %% of test pixels",
+            self.scene.name,
+            self.split.kind,
+            ", ".join(f"{indices.size} {name}" for name, indices in self.split.subsets().items()),
+            100 * self.split.leakage(self.patch_size),
+        )
+        rows, columns = np.divmod(self.split.train, self.split.shape[1])
+        self.preprocessor.fit(self.scene.image[:, rows, columns].T)
+        cube, inside = allocate_cube(self.num_channels, *self.split.shape, self.patch_size)
+        self.preprocessor.transform(self.scene.image, out=inside)
+        # pixels without values take the training mean: whatever zero stood for in the file is an outlier after scaling
+        inside[:, ~self.scene.valid] = 0
+        self.cube = reflect_border(cube, self.patch_size)
+        self._shared = {"gsd": torch.tensor(self.scene.gsd)}
+        if self.preprocessor.projection is None:
+            self._shared["wavelengths"] = torch.from_numpy(self.scene.bands.wavelengths)
+        self._ready = True
+
+    def train_dataloader(self) -> Loader:
+        """Returns the training pixels in an order drawn anew each epoch, from a generator of its own."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self.split.train, self.batch_size, shuffle=True, generator=generator)
+
+    def val_dataloader(self) -> Loader:
+        """Returns the validation pixels."""
+        return self._loader(self.split.validation, self.evaluation_batch_size)
+
+    def test_dataloader(self) -> Loader:
+        """Returns the test pixels."""
+        return self._loader(self.split.test, self.evaluation_batch_size)
+
+    def predict_dataloader(self) -> Loader:
+        """Returns every pixel of the scene, row by row; unlabelled ones with label 255."""
+        return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
+
+    def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
+        dataset = PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)
+        return DataLoader(dataset, batch_size, collate_fn=collate_batch, num_workers=self.num_workers, **options)
+
+
+def make_split(
+    labels: np.ndarray, card: DatasetCard, root: str, patch_size: int, options: Mapping[str, Any], seed: int
+) -> Split:
+    """Makes the split that a configuration asks for; see `SceneDataModule` for its options.
+
+    Raises:
+        ConfigError: an option is unknown or missing, or the guard bands are narrower than the patches need.
+        SplitError: the scene has too few pixels for it.
+    """
+    arguments = {"seed": seed, **options}
+    kind = arguments.pop("kind", None)
+    try:
+        if kind == "random":
+            names = [entry.name for entry in card.classes]
+            return random_split(labels, len(card.classes), **arguments, names=names)
+        if kind == "blocks":
+            guard = arguments.pop("guard", None)
+            guard = patch_size - 1 if guard is None else guard
+            if guard < patch_size - 1:
+                raise ConfigError(f"split.guard is {guard}; patches of {patch_size} need {patch_size - 1} or more")
+            return block_split(labels, len(card.classes), guard, **arguments)
+        if kind == "from_file":
+            return _published_split(labels, card, root, **arguments)
+    except TypeError as error:
+        problem = str(error).partition("() ")[2] or error
+        raise ConfigError(f"split of kind {kind}: {problem}; correct its options") from error
+    raise ConfigError(f"split.kind is {kind!r}; it can be random, blocks or from_file")
+
+
+def _published_split(
+    labels: np.ndarray,
+    card: DatasetCard,
+    root: str,
+    validation: float,
+    seed: int,
+    published: str | None = None,
+    train_file: str | None = None,
+    test_file: str | None = None,
+) -> Split:
+    if published is not None:
+        if published not in card.splits:
+            raise ConfigError(f"split.published is {published!r}; the card has {', '.join(card.splits) or 'none'}")
+        files = card.splits[published]
+    elif train_file is not None:
+        files = PublishedSplit(FileEntry(train_file), None if test_file is None else FileEntry(test_file))
+    else:
+        raise ConfigError("split of kind from_file: give `published` or `train_file`")
+    train_map = read_labels(card, (files.train,), root)
+    test_map = None if files.test is None else read_labels(card, (files.test,), root)
+    return file_split(labels, train_map, test_map, validation, seed, files.train.path)

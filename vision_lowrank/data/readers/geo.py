@@ -1,0 +1,154 @@
+"""Georeferenced rasters: GeoTIFF, as one file or as tiles of one scene, and ENVI."""
+
+import re
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
+from rasterio.merge import merge
+
+from vision_lowrank.data.bands import Bands, check_wavelengths
+from vision_lowrank.data.readers.raster import Georeference, Raster
+from vision_lowrank.errors import DataError
+
+ENVI_BINARIES = (".bsq", ".bil", ".bip", ".img", ".dat", ".raw")
+# numpy types of the `data type` codes of an ENVI header
+ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
+# a tile may lie off the common pixel grid by this share of a pixel, which covers rounding in stored coordinates
+GRID_TOLERANCE = 0.01
+
+
+def read_geotiff(paths: list[Path]) -> Raster:
+    """Reads a GeoTIFF, or several of one scene put together by their georeference.
+
+    Gaps between tiles and pixels of the files' nodata value become NaN in a mosaic. Where tiles overlap, the first that
+    has a value counts.
+
+    Raises:
+        DataError: a file is damaged, or tiles differ in crs, pixel grid or bands.
+    """
+    try:
+        with ExitStack() as stack:
+            # a scene without place on the ground is nothing to warn of
+            stack.enter_context(warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning))
+            tiles = [stack.enter_context(rasterio.open(path)) for path in paths]
+            first = tiles[0]
+            bands = _bands(first, paths[0])
+            if len(tiles) == 1:
+                values = first.read(out_dtype="float32")
+                return Raster(values, bands, _georeference(first), first.nodata)
+            for path, tile in zip(paths, tiles, strict=True):
+                _check_tile(first, tile, path)
+            values, transform = merge(tiles, nodata=np.nan, dtype="float32")
+            georeference = Georeference(_crs_text(first), tuple(transform)[:6])
+            return Raster(values, bands, georeference)
+    except (RasterioError, ValueError) as error:
+        # a file's own error carries its name already in most cases, but not in all
+        names = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} tiles)"
+        detail = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{names}: damaged, truncated or no raster ({detail}); fetch or copy it again") from error
+
+
+def read_envi(path: Path) -> Raster:
+    """Reads an ENVI raster, given its header or its binary; any interleave, byte order and header offset.
+
+    Raises:
+        DataError: header or binary is missing or damaged, or the binary is shorter than the header says.
+    """
+    header, binary = _envi_pair(path)
+    fields = _envi_header(header)
+    try:
+        counts = [int(fields[name]) for name in ("samples", "lines", "bands")]
+        item = np.dtype(ENVI_TYPES[int(fields["data type"])]).itemsize
+        expected = int(fields.get("header offset", "0")) + item * counts[0] * counts[1] * counts[2]
+    except KeyError as error:
+        raise DataError(f"{header}: field or data type {error} missing or unknown; fetch or copy it again") from error
+    except ValueError as error:
+        raise DataError(f"{header}: damaged header ({error}); fetch or copy it again") from error
+    found = binary.stat().st_size
+    if found < expected:
+        raise DataError(
+            f"{binary}: truncated, {found} of the {expected} bytes that {header.name} promises; get it again"
+        )
+    raster = read_geotiff([binary])
+    if raster.values.shape != (counts[2], counts[1], counts[0]):
+        raise DataError(f"{header}: read as {raster.values.shape}, not as its bands, lines, samples; get it again")
+    return raster
+
+
+def _envi_pair(path: Path) -> tuple[Path, Path]:
+    if path.suffix.lower() == ".hdr":
+        candidates = [path.with_suffix(""), *(path.with_suffix(suffix) for suffix in ENVI_BINARIES)]
+        binary = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if binary is None:
+            raise DataError(f"{path}: no data file beside it; expected {path.stem} with {', '.join(ENVI_BINARIES)}")
+        return path, binary
+    candidates = [path.with_suffix(".hdr"), path.with_name(path.name + ".hdr")]
+    header = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if header is None:
+        raise DataError(f"{path}: no ENVI header beside it; put {candidates[0].name} into the same folder")
+    return header, path
+
+
+def _envi_header(path: Path) -> dict[str, str]:
+    """Returns the one-line fields of an ENVI header; those in braces, such as wavelengths, are left to rasterio."""
+    text = path.read_text(encoding="latin-1")
+    if not text.lstrip().startswith("ENVI"):
+        raise DataError(f"{path}: no ENVI header, its first line is not 'ENVI'; fetch or copy it again")
+    pairs = re.findall(r"^[ \t]*([^={}\n]+?)[ \t]*=[ \t]*([^{}\n]*?)[ \t]*$", text, flags=re.MULTILINE)
+    return {name.lower(): value for name, value in pairs}
+
+
+def _bands(file: DatasetReader, path: Path) -> Bands | None:
+    """Returns wavelengths from band tags or descriptions such as 'band 1 (418.24 Nanometers)', None without any."""
+    centres, widths = [], []
+    for index, description in zip(file.indexes, file.descriptions, strict=True):
+        tags = file.tags(index)
+        match = re.search(r"([\d.]+)\s*\(?(nanomet|nm\b|micromet|µm|um\b)", description or "", flags=re.IGNORECASE)
+        if "wavelength" in tags:
+            centre, unit = tags["wavelength"], tags.get("wavelength_units", "")
+        elif match:
+            centre, unit = match.group(1), match.group(2)
+        else:
+            return None
+        try:
+            factor = 1000.0 if unit.lower().startswith(("micromet", "µm", "um")) else 1.0
+            centres.append(factor * float(centre))
+            widths.append(factor * float(tags.get("fwhm", "nan")))
+        except ValueError as error:
+            raise DataError(
+                f"{path}: wavelength {centre!r} of band {index} is no number; list all on the card"
+            ) from error
+    known = np.asarray(widths, dtype=np.float32)
+    return Bands(check_wavelengths(centres, str(path)), None if np.isnan(known).any() else known)
+
+
+def _georeference(file: DatasetReader) -> Georeference | None:
+    if file.crs is None or file.transform.is_identity:
+        return None
+    return Georeference(_crs_text(file), tuple(file.transform)[:6])
+
+
+def _crs_text(file: DatasetReader) -> str:
+    code = file.crs.to_epsg()
+    return f"EPSG:{code}" if code is not None else str(file.crs.to_wkt())
+
+
+def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> None:
+    if tile.crs is None or tile.transform.is_identity:
+        raise DataError(f"{path}: a tile without georeference cannot be placed; give one file, or georeferenced tiles")
+    for what, found, wanted in (
+        ("crs", tile.crs, first.crs),
+        ("band count", tile.count, first.count),
+        ("pixel size", tile.res, first.res),
+    ):
+        if found != wanted:
+            raise DataError(f"{path}: {what} {found} differs from {wanted} of {first.name}; tiles must agree")
+    column = (tile.transform.c - first.transform.c) / first.transform.a
+    row = (tile.transform.f - first.transform.f) / first.transform.e
+    if max(abs(column - round(column)), abs(row - round(row))) > GRID_TOLERANCE:
+        raise DataError(f"{path}: lies {column:.2f} columns, {row:.2f} rows from {first.name}, not on its pixel grid")

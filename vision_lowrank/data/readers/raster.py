@@ -1,0 +1,70 @@
+"""What every reader returns, whatever the format of the file."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from einops import EinopsError, rearrange
+
+from vision_lowrank.data.bands import Bands
+from vision_lowrank.errors import DataError
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Place of a raster on the ground.
+
+    Attributes:
+        crs: coordinate reference system, "EPSG:32633" or WKT.
+        transform: (a, b, c, d, e, f) with x = a * column + b * row + c and y = d * column + e * row + f, at the upper
+            left corner of a pixel, in units of the crs.
+    """
+
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Values of a file and what the file says about them.
+
+    Attributes:
+        values: float32 (channels, height, width); a label map has one channel. Not always contiguous.
+        bands: wavelengths in nanometres where the file has them.
+        georeference: place on the ground where the file has it.
+        nodata: value that marks missing pixels where the file names one.
+    """
+
+    values: np.ndarray
+    bands: Bands | None = None
+    georeference: Georeference | None = None
+    nodata: float | None = None
+
+
+def channels_first(array: np.ndarray, axes: str | None, height: int, width: int, source: str) -> np.ndarray:
+    """Returns a view of `array` as (channels, height, width).
+
+    Args:
+        array: what the file holds.
+        axes: left side of an einops pattern; None means "height width channels", or "height width" for two axes.
+        height: rows the card states; used where the pattern composes axes.
+        width: columns the card states; likewise.
+        source: file, named in the error.
+
+    Raises:
+        DataError: `axes` does not fit the array, or the array holds no real numbers.
+    """
+    if array.dtype.kind not in "iufb":
+        raise DataError(f"{source}: array of type {array.dtype}, not of real numbers; name the right array by `key`")
+    if axes is None:
+        if array.ndim not in (2, 3):
+            raise DataError(f"{source}: array of shape {array.shape}; say in the card's `axes` what its axes are")
+        axes = "height width channels" if array.ndim == 3 else "height width"
+    names = axes.replace("(", " ").replace(")", " ").split()
+    lengths = {name: length for name, length in (("height", height), ("width", width)) if name in names}
+    # a plain list of axes has no length to fill in, and a wrong one is reported later against the card's shape
+    composed = lengths if "(" in axes else {}
+    target = "channels height width" if "channels" in names else "1 height width"
+    try:
+        return np.asarray(rearrange(array, f"{axes} -> {target}", **composed))
+    except EinopsError as error:
+        raise DataError(f"{source}: axes {axes!r} do not fit the array of shape {array.shape}") from error

@@ -1,0 +1,10 @@
+"""The original systems exactly as they ran, defects included: to read their weights and to measure against them."""
+
+from vision_lowrank.models.official.lola import (
+    LolaSpecViTConfig,
+    OfficialLolaSpecViT,
+    build_lola_specvit,
+    lola_specvit,
+)
+
+__all__ = ["LolaSpecViTConfig", "OfficialLolaSpecViT", "build_lola_specvit", "lola_specvit"]

@@ -1,0 +1,1 @@
+"""Pictures and map files of a run: arrays in, a file out."""

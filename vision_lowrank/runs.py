@@ -1,0 +1,169 @@
+"""Run folders, the record of where a result came from, and files that are either whole or absent."""
+
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vision_lowrank.errors import ConfigError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` that becomes `path` when the block ends without an error.
+
+    An interrupted or failed block leaves an older file at `path` as it was. The temporary name keeps the suffix, since
+    many writers choose the format by it. Missing parent folders are made.
+
+    Args:
+        path: the file to write.
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, or the like; `filename` is `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        # without it a crash of the machine can leave the new name on an empty file
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary), temporary):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes `content` atomically as indented JSON; arrays, tensors, dataclasses and paths are converted.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not know: write None for "no value".
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows atomically; the columns are the keys of all rows in order of first appearance, gaps stay empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
+    """Makes `root/experiment/YYYYmmdd-HHMMSS-seed<seed>/`; a second run in the same second gets the suffix `-2`.
+
+    Args:
+        root: folder of all runs.
+        experiment: one folder name.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: `experiment` is not a plain name.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", experiment):
+        raise ConfigError(f"experiment name {experiment!r}: use letters, digits, '_', '-' and '.' only")
+    parent = Path(root) / experiment
+    parent.mkdir(parents=True, exist_ok=True)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
+    attempt = 1
+    while True:
+        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            attempt += 1
+        else:
+            return folder
+
+
+def provenance(precision: str, data_hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Collects what a reader needs to repeat a run; meant for `provenance.json`.
+
+    Args:
+        precision: the precision string given to Lightning.
+        data_hashes: sha256 per data file.
+
+    Returns:
+        Keys `time`, `command`, `code` (git commit and whether files differ from it; None outside a checkout),
+        `python`, `packages`, `platform`, `processor`, `gpus`, `threads`, `precision`, `data`.
+    """
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "code": _git_state(Path(__file__)),
+        "python": platform.python_version(),
+        "packages": _package_versions(),
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "data": dict(data_hashes),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Returns commit and dirty flag of the checkout that tracks `file`, None if there is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        # a package installed below somebody's unrelated checkout must not report that checkout's commit
+        git("ls-files", "--error-unmatch", file.name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _package_versions() -> dict[str, str]:
+    """Returns the installed version of this package and of each of its dependencies."""
+    try:
+        requirements = importlib.metadata.requires("vision-lowrank") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line}
+    return {name: importlib.metadata.version(name) for name in sorted({"vision-lowrank", *names})}
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if match:
+            return match.group(1)
+    return platform.processor() or platform.machine()
