@@ -1,10 +1,13 @@
 import copy
+import dataclasses
+import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from tensorly.datasets import load_indian_pines
 
-from vision_lowrank.data.cards import list_cards, load_card
+from vision_lowrank.data.cards import DatasetCard, list_cards, load_card
 from vision_lowrank.errors import DataError
 
 # labelled pixels, shape and classes as the literature counts them
@@ -61,6 +64,7 @@ def test_excluded_bands_leave_gaps(tiny):
         (("sensr",), "x", "unknown key sensr, did you mean sensor?"),
         (("shape", "widht"), 3, "unknown key shape.widht, did you mean width?"),
         (("files", "image", 0), {"pth": "a.npy"}, r"unknown key files.image\[0\].pth, did you mean path?"),
+        (("name",), "../up", r"name '\.\./up' is also a folder's"),
         (("gsd",), None, "gsd is None, which is not a number"),
         (("gsd",), "2 m", "gsd is '2 m', which is not a number"),
         (("gsd",), 0, "gsd is 0.0; give the pixel size"),
@@ -74,6 +78,7 @@ def test_excluded_bands_leave_gaps(tiny):
         (("bands",), {"wavelengths": [400, 500]}, "2 wavelengths for 6 shape.channels"),
         (("classes", 1, "colour"), "#00FF00", "class colours must differ, found twice: #00ff00"),
         (("classes", 1, "colour"), "brown", "colour 'brown' of class soil"),
+        (("classes", 1, "colour"), "aa5500", "colour 'aa5500' of class soil; write it as '#rrggbb'"),
         (("classes", 1, "name"), "grass", "class names must differ"),
         (("classes", 1, "value"), 0, "class and ignored values must differ, found twice: 0"),
         (("classes",), [], "files.labels without classes"),
@@ -124,3 +129,28 @@ def test_files_are_found_below_the_scene_folder_first(tiny, tmp_path):
     below.mkdir()
     np.save(below / "image.npy", tiny.image)
     assert card.find(card.files.image[0], tmp_path) == [below / "image.npy"]
+
+
+def field_names(kind):
+    """Names of the fields of a card and of everything in it."""
+    for item in dataclasses.fields(kind):
+        yield item.name
+        hint = get_type_hints(kind)[item.name]
+        for inner in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                yield from field_names(inner)
+
+
+def test_the_manual_explains_every_field(repository):
+    text = (repository / "datasets" / "README.md").read_text()
+    names = set(field_names(DatasetCard))
+    assert {"gsd", "excluded", "axes", "revision", "value", "train"} <= names
+    assert not [name for name in names if f"`{name}`" not in text and f"{name}: " not in text]
+
+
+@pytest.mark.parametrize("document", ["datasets/README.md", "docs/own_scene.md"])
+def test_cards_in_the_manuals_are_valid(repository, tmp_path, document):
+    text = (repository / document).read_text()
+    (card,) = re.findall(r"^```yaml\n(name: .*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "card.yaml").write_text(card)
+    assert load_card(tmp_path / "card.yaml").classes

@@ -81,9 +81,7 @@ def _show(console: Console, card: DatasetCard, root: str) -> None:
     console.print(table)
     console.print(_class_table(card, None))
     if missing:
-        action = (
-            f"python -m vision_lowrank.data fetch {card.name}" if card.source.hub else card.how_to_get(missing, root)
-        )
+        action = "repeat the command with fetch in place of show" if card.source.hub else card.how_to_get(missing, root)
         console.print(f"{len(missing)} files missing: {escape(action)}")
 
 

@@ -6,6 +6,7 @@ a user's own. Fields and their meaning: `datasets/README.md`.
 
 import difflib
 import importlib.util
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -214,11 +215,12 @@ def _check(card: DatasetCard, where: str) -> None:
     bands = card.bands.on_card(where)
     if bands is not None and len(bands) != card.shape.channels:
         raise DataError(f"{where}: {len(bands)} wavelengths for {card.shape.channels} shape.channels; give one each")
+    if not re.fullmatch(r"\w[\w.-]*", card.name):
+        raise DataError(f"{where}: name {card.name!r} is also a folder's; use letters, digits, '_', '-' and '.' only")
     if card.gsd <= 0:
         raise DataError(f"{where}: gsd is {card.gsd}; give the pixel size in metres")
     for entry in card.classes:
-        digits = entry.colour.removeprefix("#")
-        if len(digits) != 6 or not set(digits.lower()) <= set("0123456789abcdef"):
+        if not re.fullmatch("#[0-9a-fA-F]{6}", entry.colour):
             raise DataError(f"{where}: colour {entry.colour!r} of class {entry.name}; write it as '#rrggbb'")
     groups: tuple[tuple[str, list[Any]], ...] = (
         ("class names", [entry.name for entry in card.classes]),

@@ -89,7 +89,7 @@ def _fetch_file(url: str, target: Path, entry: FileEntry, progress: Progress) ->
             # no answer at all will not turn into one within seconds, but a cut transfer goes on
             if attempt == ATTEMPTS or isinstance(error, urllib.error.URLError):
                 raise
-            logger.warning("%s: transfer cut (%s), going on at %d bytes", target.name, error, part.stat().st_size)
+            logger.warning("%s: transfer cut (%s), going on at %d bytes", target.name, error, _size(part))
     try:
         check_file(part, entry)
     except DataError as error:
@@ -101,7 +101,7 @@ def _fetch_file(url: str, target: Path, entry: FileEntry, progress: Progress) ->
 
 def _load(url: str, part: Path, entry: FileEntry, progress: Progress, task: TaskID) -> None:
     """Appends to `part` what it lacks of `url`."""
-    start = part.stat().st_size if part.exists() else 0
+    start = _size(part)
     if entry.size is not None and start >= entry.size:
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -115,7 +115,7 @@ def _load(url: str, part: Path, entry: FileEntry, progress: Progress, task: Task
         raise
     with response:
         if response.headers.get_content_type() == "text/html":
-            raise DownloadError(f"{url}: the server sent a web page in place of the file; look at it in a browser")
+            raise urllib.error.URLError("the server sent a web page in place of the file, look at it in a browser")
         if response.status != 206:
             start = 0
         length = response.headers.get("Content-Length")
@@ -133,6 +133,10 @@ def _load(url: str, part: Path, entry: FileEntry, progress: Progress, task: Task
                 progress.advance(task, len(chunk))
     if total is not None and part.stat().st_size != total:
         raise ConnectionResetError(f"{part.stat().st_size} of {total} bytes arrived")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _check_whole(url: str, part: Path, size: int, total: str) -> None:

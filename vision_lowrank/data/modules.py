@@ -113,10 +113,26 @@ class SceneDataModule(L.LightningDataModule):
             self._shared["wavelengths"] = torch.from_numpy(self.scene.bands.wavelengths)
         self._ready = True
 
+    def scaled_image(self) -> np.ndarray:
+        """Returns the scaled scene, float32 (channels, height, width); a view of the cube."""
+        radius = self.patch_size // 2
+        height, width = self.split.shape
+        return self.cube.numpy()[:, radius : radius + height, radius : radius + width]
+
+    def training_counts(self) -> np.ndarray:
+        """Returns the number of training pixels of each class, int64 (num_classes,)."""
+        return np.bincount(self.scene.labels.flat[self.split.train], minlength=self.num_classes)
+
     def train_dataloader(self) -> Loader:
         """Returns the training pixels in an order drawn anew each epoch, from a generator of its own."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.split.train, self.batch_size, shuffle=True, generator=generator)
+        return self._shuffled(self.split.train)
+
+    def pretrain_dataloader(self) -> Loader:
+        """Returns every pixel that has values, test pixels included, in an order drawn anew each epoch.
+
+        For training without labels; it makes what is trained transductive.
+        """
+        return self._shuffled(np.flatnonzero(self.scene.valid))
 
     def val_dataloader(self) -> Loader:
         """Returns the validation pixels."""
@@ -129,6 +145,12 @@ class SceneDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """Returns every pixel of the scene, row by row; unlabelled ones with label 255."""
         return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
+
+    def _shuffled(self, indices: np.ndarray) -> Loader:
+        generator = torch.Generator().manual_seed(self.seed)
+        # a last batch of one sample has no batch statistics
+        whole = len(indices) > self.batch_size
+        return self._loader(indices, self.batch_size, shuffle=True, drop_last=whole, generator=generator)
 
     def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
         dataset = PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)

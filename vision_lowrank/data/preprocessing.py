@@ -11,6 +11,8 @@ from vision_lowrank.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 18
+# bands that repeat each other leave components of rounding noise; whitening must not blow them up
+LEAST_VARIANCE_RATIO = 1e-10
 
 
 class ScenePreprocessor:
@@ -65,7 +67,8 @@ class ScenePreprocessor:
                 )
             spectra *= gain
             pca = PCA(self.components, copy=False, svd_solver="covariance_eigh").fit(spectra)
-            scale = np.sqrt(pca.explained_variance_) if self.whiten else np.ones(self.components)
+            variance = np.maximum(pca.explained_variance_, LEAST_VARIANCE_RATIO * pca.explained_variance_[0])
+            scale = np.sqrt(variance) if self.whiten else np.ones(self.components)
             self.projection = (pca.components_ / scale[:, None]).astype(np.float32)
         return self
 

@@ -83,7 +83,7 @@ def open_scene(card: DatasetCard | str | Path, root: str | Path) -> Scene:
     raster = read_role(card, card.files.image, root)
     _check_image(card, raster)
     bands = _find_bands(card, raster)
-    labels = read_labels(card, card.files.labels, root) if card.files.labels else None
+    labels = read_labels(card, card.files.labels, root, raster.georeference) if card.files.labels else None
     if labels is not None:
         _check_counts(card, labels)
     nodata = card.nodata if card.nodata is not None else raster.nodata
@@ -137,14 +137,23 @@ def read_role(card: DatasetCard, entries: tuple[FileEntry, ...], root: str | Pat
     return read_raster(paths, entries[0].key, entries[0].axes, card.shape.height, card.shape.width)
 
 
-def read_labels(card: DatasetCard, entries: tuple[FileEntry, ...], root: str | Path) -> np.ndarray:
+def read_labels(
+    card: DatasetCard, entries: tuple[FileEntry, ...], root: str | Path, place: Georeference | None = None
+) -> np.ndarray:
     """Reads a label map as class indices.
+
+    Args:
+        card: says which value is which class.
+        entries: the file or tiles of the map.
+        root: data folder.
+        place: where the image lies; compared with the map's place if both are known.
 
     Returns:
         int64 (height, width), `IGNORE` where the file has a value of `card.ignore`, nodata or NaN.
 
     Raises:
-        DataError: the map has another shape than the card, or a value that is neither a class nor ignored.
+        DataError: the map has another shape than the card, lies elsewhere than the image, or has a value that is
+            neither a class nor ignored.
     """
     raster = read_role(card, entries, root)
     where = f"label map {entries[0].path}"
@@ -152,6 +161,8 @@ def read_labels(card: DatasetCard, entries: tuple[FileEntry, ...], root: str | P
     if raster.values.shape != expected:
         found = " x ".join(map(str, raster.values.shape[1:] if raster.values.shape[0] == 1 else raster.values.shape))
         raise DataError(f"{where}: shape {found}, the image has {expected[1]} x {expected[2]}; take its own map")
+    if raster.georeference is not None and place is not None:
+        _check_place(card, where, raster.georeference, place)
     values = raster.values[0]
     empty = np.isnan(values)
     if raster.nodata is not None:
@@ -196,6 +207,17 @@ def _check_image(card: DatasetCard, raster: Raster) -> None:
     # degrees of a geographic crs cannot be compared with metres
     if place is not None and abs(place.transform[0]) > 0.01 and abs(abs(place.transform[0]) / card.gsd - 1) > 0.01:
         raise DataError(f"{name}: pixels of {abs(place.transform[0]):g} m, the card says gsd {card.gsd:g}; correct it")
+
+
+def _check_place(card: DatasetCard, where: str, found: Georeference, image: Georeference) -> None:
+    extent = np.array([card.shape.width, card.shape.height, 1] * 2)
+    drift = np.abs(np.subtract(found.transform, image.transform)) * extent
+    # programs that take a pixel's centre for its corner are half a pixel off; a whole one would shift every label
+    if drift.max() > 0.6 * abs(image.transform[0]):
+        raise DataError(
+            f"{where}: lies at {found.transform}, the image at {image.transform} (column and row to coordinates); "
+            "take the map that covers the image"
+        )
 
 
 def _check_counts(card: DatasetCard, labels: np.ndarray) -> None:

@@ -138,13 +138,13 @@ def random_split(
         labels: class indices (height, width).
         num_classes: number of classes; one without pixels takes no part.
         train: share of each class's pixels, or a whole number of pixels a class.
-        validation: likewise. With shares, a class gives round(n * (train + validation)) pixels to both together, at
-            least two, and at least one to each.
+        validation: likewise. With shares, a class gives round(n * (train + validation)) pixels to both together, and
+            of these the rounded share to validation: classes of few pixels all to training, at least one.
         seed: of the draw.
         names: of the classes, for errors.
 
     Raises:
-        SplitError: a class has too few pixels for one in each subset.
+        SplitError: a class has too few pixels for training and test.
     """
     if isinstance(train, float) != isinstance(validation, float):
         raise SplitError(f"random split: train={train} and validation={validation}; give two shares or two counts")
@@ -157,9 +157,8 @@ def random_split(
         if pixels.size == 0:
             continue
         if isinstance(train, float):
-            both = max(2, _round_half_up(pixels.size * (train + validation)))
-            held = max(1, _round_half_up(both * validation / (train + validation)))
-            held = min(held, both - 1)
+            both = max(1, _round_half_up(pixels.size * (train + validation)))
+            held = min(_round_half_up(both * validation / (train + validation)), both - 1)
         else:
             both, held = train + int(validation), int(validation)
         if both >= pixels.size:

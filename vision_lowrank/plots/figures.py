@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,8 @@ from vision_lowrank.runs import atomic_path
 UNLABELLED = 255
 UNLABELLED_COLOUR = "#e6e6e6"
 DPI = 200
-STYLE = {
+# the keys' own type is not in every matplotlib that we support
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.linewidth": 0.6,

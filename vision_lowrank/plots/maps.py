@@ -86,13 +86,19 @@ def save_label_map(path: Path, labels: np.ndarray, names: Sequence[str], colours
     handles = class_handles(names, colours, bool((labels == UNLABELLED).any()))
     beside = legend_size(handles)
     columns = legend_columns(handles, width)
-    if height >= 0.6 * beside[1]:
-        size, place, columns = (width + beside[0], max(height, beside[1])), "outside right center", 1
+    tall = height >= 0.6 * beside[1]
+    if tall:
+        size, columns = (width + beside[0], max(height, beside[1])), 1
     else:
-        size, place = (width, height + legend_size(handles, columns)[1]), "outside lower center"
+        size = (width, height + legend_size(handles, columns)[1])
     with figure_file(path, *size) as figure:
         _show(figure.add_subplot(), colour_labels(labels, colours))
-        figure.legend(handles=handles, loc=place, ncols=columns, columnspacing=1.2)
+        figure.legend(
+            handles=handles,
+            loc="outside right center" if tall else "outside lower center",
+            ncols=columns,
+            columnspacing=1.2,
+        )
 
 
 def save_error_map(path: Path, picture: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> None:

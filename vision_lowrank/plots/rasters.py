@@ -54,6 +54,7 @@ def save_class_geotiff(
             dtype="uint8",
             nodata=NODATA,
             compress="deflate",
+            photometric="palette",
             **place,
         ) as file:
             file.write(classes.astype(np.uint8), 1)

@@ -1,0 +1,1 @@
+"""Lightning modules: a model, its loss, its optimiser and what is measured on the way."""

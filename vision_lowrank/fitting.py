@@ -1,0 +1,182 @@
+"""Training of a network on a prepared scene: in full, or by adapters on a base; checkpoints and what is kept."""
+
+import logging
+import pickle
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from torch import nn
+
+from vision_lowrank.adapters import count_parameters, full_strength, inject, save_adapter
+from vision_lowrank.data.modules import SceneDataModule
+from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.inference import predict_probabilities
+from vision_lowrank.instantiate import instantiate
+from vision_lowrank.reporting import save_training_curves
+from vision_lowrank.runs import write_csv
+from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
+from vision_lowrank.tasks.scene_classification import SceneClassification
+
+logger = logging.getLogger(__name__)
+
+MONITOR = "val/loss"
+
+
+def fit_network(
+    config: DictConfig, data: SceneDataModule, folder: Path, checkpoint: Mapping[str, Any] | None, precision: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Trains, keeps the weights of the best validation loss and applies them to the whole scene.
+
+    Writes `model/` (weights and settings), with adapters also `adapter/`, `history.csv`, `curves.png` and `checkpoints/`.
+
+    Args:
+        config: the whole configuration.
+        data: after `setup`.
+        folder: run folder.
+        checkpoint: content of the checkpoint to resume from, None for a new run.
+        precision: Lightning's precision string.
+
+    Returns:
+        Probabilities, float32 (height * width, classes), and facts for `metrics.json`; empty on ranks other than 0.
+
+    Raises:
+        VisionLowRankError: see `training.train`.
+    """
+    facts: dict[str, Any] = {"transductive": False}
+    if config.regime == "adapt":
+        model = _load_base(config, data)
+        if model is None:
+            # a resumed run has its base in the checkpoint
+            model = _build(config, data) if checkpoint is not None else _pretrain(config, data, folder, precision)
+            facts["transductive"] = True
+        model.reset_classifier(data.num_classes)
+        _save_model(model, folder / "model")
+        inject(model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train))
+    else:
+        model = _build(config, data)
+    task = _make_task(config, data, model)
+    best = ModelCheckpoint(folder / "checkpoints", "best", MONITOR, save_last=True, enable_version_counter=False)
+    trainer = _make_trainer(config, precision, [best, EarlyStopping(MONITOR, patience=config.patience)])
+    started = time.perf_counter()
+    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if rank_zero_only.rank > 0:
+        return np.empty(0), {}
+    facts["training_seconds"] = time.perf_counter() - started
+    task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
+    kept = min(task.history, key=lambda row: row[MONITOR])
+    facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"]}
+    count = count_parameters(model)
+    facts["parameters"] = {
+        "base": count.base, "adapter": count.adapter, "head": count.head, "trainable": count.trainable,
+        "trainable_share": count.trainable / count.total,
+    }  # fmt: skip
+    write_csv(folder / "history.csv", task.history)
+    save_training_curves(folder / "curves.png", task.history, kept["epoch"])
+    if config.regime == "adapt":
+        save_adapter(model, folder / "adapter")
+    else:
+        _save_model(model, folder / "model")
+    started = time.perf_counter()
+    device = str(trainer.strategy.root_device)
+    probabilities = predict_probabilities(task, data.predict_dataloader(), precision, device).numpy()
+    facts["map_seconds"] = time.perf_counter() - started
+    return probabilities, facts
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a Lightning checkpoint of ours; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is missing or damaged, holds code, or is not of a scene classification.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path}: not found; give a run's checkpoints/last.ckpt") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: damaged, or holds objects other than tensors and numbers, which could be code; it is "
+            "not loaded: take the last.ckpt of a run of this project"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged ({error}); take an older one or start anew") from error
+    if not isinstance(content, dict) or not {"state_dict", "history", "strength"} <= content.keys():
+        raise CheckpointError(f"checkpoint {path}: not of a scene classification; give a run's checkpoints/last.ckpt")
+    return content
+
+
+def _build(config: DictConfig, data: SceneDataModule) -> nn.Module:
+    model: nn.Module = instantiate(
+        config.model, in_chans=data.num_channels, num_classes=data.num_classes, img_size=data.patch_size
+    )
+    return model
+
+
+def _load_base(config: DictConfig, data: SceneDataModule) -> nn.Module | None:
+    """Returns the base that the configuration names, None where it names none."""
+    if config.base is None:
+        return None
+    model = _build(config, data)
+    kind: Any = type(model)
+    if not (Path(config.base) / "config.json").is_file():
+        raise CheckpointError(f"base {config.base}: no config.json there; give the `model` folder of a run")
+    try:
+        base: nn.Module = kind.from_pretrained(config.base, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"base {config.base}: cannot be loaded as {kind.__name__} ({error})") from error
+    for setting in ("in_chans", "img_size"):
+        found, needed = getattr(base, setting), getattr(model, setting)
+        if found != needed:
+            raise ConfigError(f"base {config.base}: {setting} is {found}, the data has {needed}; set data to match")
+    return base
+
+
+def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> nn.Module:
+    """Returns a base that learned to reconstruct the scene, its test pixels included, without labels."""
+    logger.info("pretraining on all %d pixels of the scene, without labels: transductive", data.scene.valid.sum())
+    model = _build(config, data)
+    task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
+    trainer = _make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
+    trainer.fit(task, data.pretrain_dataloader())
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    write_csv(folder / "pretraining.csv", task.history)
+    return model
+
+
+def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> SceneClassification:
+    counts = data.training_counts()
+    options: dict[str, Any] = {"model": model, "class_counts": counts.tolist()}
+    if config.regime == "adapt":
+        options |= {"cycles": dict(config.adapter.cycles), "learning_rate": config.adapter.learning_rate}
+    task: SceneClassification = instantiate(config.task, **options)
+    return task
+
+
+def _make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callback], **changes: Any) -> L.Trainer:
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        precision=precision,
+        callbacks=[*callbacks, RichProgressBar(leave=False)],
+        logger=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        num_sanity_val_steps=0,
+        **changes,
+    )
+    return trainer
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)

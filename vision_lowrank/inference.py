@@ -1,0 +1,30 @@
+"""Applying a trained model to every pixel of a scene."""
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def predict_probabilities(model: nn.Module, loader: DataLoader[dict[str, Tensor]], precision: str, device: str) -> Tensor:
+    """Runs a model over a loader's samples in their order.
+
+    Args:
+        model: maps (batch, channels, side, side) to logits (batch, classes); left in evaluation mode on `device`.
+        loader: batches with an `image`.
+        precision: Lightning's precision string; "…-mixed" means autocast.
+        device: where to compute.
+
+    Returns:
+        float32 (samples, classes) on the CPU.
+    """
+    model.eval().to(device)
+    dtype = AUTOCAST.get(precision)
+    kind = torch.device(device).type
+    parts = []
+    with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        for batch in track(loader, "classifying pixels", transient=True):
+            parts.append(model(batch["image"].to(device)).float().softmax(dim=1).cpu())
+    return torch.cat(parts)

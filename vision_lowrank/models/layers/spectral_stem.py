@@ -1,0 +1,64 @@
+"""3D-convolutional spectral front-end that keeps apart which component carried what."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vision_lowrank.errors import ConfigError
+
+
+class SpectralStem(nn.Module):
+    """3D convolutions over (component, row, column), then a learned collapse of the component axis.
+
+    The components are the depth axis of the convolutions. A mean over depth after kernels that all depths share, as in
+    the original LoLA-SpecViT, would erase the components' order; here depth is folded into the channels and mixed by a
+    1 x 1 convolution with a weight for each (component, feature) pair.
+
+    Convolutions are valid in space as long as the map stays at least `smallest_map` wide, and padded by one position
+    after that, so patches of any size go through; along the components they are padded to keep their number.
+
+    Args:
+        num_components: spectral components or bands of the input.
+        patch_size: side of the input in pixels.
+        channels: output channels of each 3D convolution.
+        depths: kernel length of each 3D convolution along the components, odd.
+        dim: width of the output.
+        smallest_map: side below which valid convolutions stop.
+
+    Attributes:
+        map_size: side of the output map.
+
+    Raises:
+        ConfigError: `channels` and `depths` differ in length, or a kernel length is even.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        patch_size: int,
+        channels: Sequence[int],
+        depths: Sequence[int],
+        dim: int,
+        smallest_map: int = 7,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(depths) or any(depth % 2 == 0 for depth in depths):
+            raise ConfigError(f"stem_channels={channels}, stem_depths={depths}: give as many of both, odd depths")
+        self.map_size = patch_size
+        layers: list[nn.Module] = []
+        for before, after, depth in zip([1, *channels], channels, depths, strict=False):
+            margin = 0 if self.map_size - 2 >= smallest_map else 1
+            self.map_size -= 2 - 2 * margin
+            padding = (depth // 2, margin, margin)
+            # the normalisation has a shift of its own
+            layers += [nn.Conv3d(before, after, (depth, 3, 3), padding=padding, bias=False), nn.BatchNorm3d(after)]
+            layers += [nn.SiLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.collapse = nn.Conv2d(channels[-1] * num_components, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, components, height, width) to (batch, dim, map, map)."""
+        features = self.convolutions(x.unsqueeze(1))
+        return self.collapse(rearrange(features, "B C D h w -> B (C D) h w"))

@@ -1,0 +1,72 @@
+"""Self-attention within windows of a map, with a learned bias by relative position."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vision_lowrank.errors import ConfigError
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within square windows (Liu et al. 2021, arXiv 2103.14030, without shifts).
+
+    A window larger than the map is clipped to it. A map that the window does not divide is padded, and padded positions
+    are masked: they take no part in any real position's attention.
+
+    Args:
+        dim: width, a multiple of `num_heads`.
+        num_heads: number of heads.
+        window_size: side of the windows in positions.
+        map_size: side of the map in positions.
+        dropout: probability of dropping an attention weight while training.
+
+    Raises:
+        ConfigError: `num_heads` does not divide `dim`.
+    """
+
+    bias_index: Tensor
+    padding_mask: Tensor | None
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, map_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ConfigError(f"attention width {dim} is no multiple of its {num_heads} heads; change one of them")
+        self.num_heads = num_heads
+        self.window_size = window = min(window_size, map_size)
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+        nn.init.trunc_normal_(self.relative_bias, std=0.02)
+        rows, columns = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        down, right = (axis.flatten()[:, None] - axis.flatten() + window - 1 for axis in (rows, columns))
+        self.register_buffer("bias_index", down * (2 * window - 1) + right, persistent=False)
+        self.padding = -map_size % window
+        self.register_buffer("padding_mask", _padding_mask(map_size, window), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, map, map, dim) to the same shape."""
+        size, window = x.shape[1], self.window_size
+        if self.padding:
+            x = F.pad(x, (0, 0, 0, self.padding, 0, self.padding))
+        across = x.shape[1] // window
+        windows = rearrange(x, "B (a w) (b v) C -> (B a b) (w v) C", w=window, v=window)
+        q, k, v = rearrange(self.qkv(windows), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
+        bias = rearrange(self.relative_bias[self.bias_index], "n m h -> h n m").to(q.dtype)
+        if self.padding_mask is not None:
+            # (windows of one map, heads, queries, keys), repeated for each sample
+            bias = (bias + self.padding_mask[:, None, None, :].to(q.dtype)).repeat(len(x), 1, 1, 1)
+        y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
+        y = self.proj(rearrange(y, "b h n c -> b n (h c)"))
+        y = rearrange(y, "(B a b) (w v) C -> B (a w) (b v) C", a=across, b=across, w=window)
+        return y[:, :size, :size]
+
+
+def _padding_mask(map_size: int, window: int) -> Tensor | None:
+    """Returns what to add to the logits of each key, 0 or -inf, (windows, keys); None where nothing is padded."""
+    padding = -map_size % window
+    if padding == 0:
+        return None
+    outside = F.pad(torch.zeros(map_size, map_size), (0, padding, 0, padding), value=float("-inf"))
+    return rearrange(outside, "(a w) (b v) -> (a b) (w v)", w=window, v=window)

@@ -1,0 +1,124 @@
+"""One run on a scene: split, model and baselines, scores, and everything that stays in the run folder."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import save_file
+
+from vision_lowrank.baselines import fit_baseline, is_baseline
+from vision_lowrank.data.modules import SceneDataModule
+from vision_lowrank.data.scene import IGNORE
+from vision_lowrank.data.splits import Split
+from vision_lowrank.errors import CheckpointError
+from vision_lowrank.evaluation.metrics import score
+from vision_lowrank.evaluation.tables import RunResult, write_metrics
+from vision_lowrank.fitting import fit_network, read_checkpoint
+from vision_lowrank.instantiate import instantiate
+from vision_lowrank.precision import choose_precision
+from vision_lowrank.random_walk import random_walk
+from vision_lowrank.reporting import save_scene_pictures
+from vision_lowrank.runs import atomic_path, create_run_folder, provenance, write_json
+
+logger = logging.getLogger(__name__)
+
+# rank 0 of a distributed run tells the processes that it starts where to write
+RUN_VARIABLE = "VISION_LOWRANK_RUN"
+
+
+def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
+    """Fits baselines and model to one split of a scene, scores them and leaves a run folder.
+
+    The folder's `metrics.json` is written last: without it the run is unfinished.
+
+    Returns:
+        The folder, and the results in the order of the table.
+
+    Raises:
+        VisionLowRankError: see `training.train`.
+    """
+    begun = time.perf_counter()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    checkpoint = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
+    data: SceneDataModule = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    folder = _open_folder(config, data, precision)
+    results: list[RunResult] = []
+    if rank_zero_only.rank == 0:
+        for name, node in (config.baselines or {}).items():
+            if node != config.model:
+                started = time.perf_counter()
+                probabilities, facts = fit_baseline(node, data)
+                facts |= {"seconds": time.perf_counter() - started}
+                results += _evaluate(config, data, folder / "baselines" / name, str(name), probabilities, facts)
+    if is_baseline(config.model):
+        name = config.model._target_.rpartition(".")[2]
+        probabilities, facts = fit_baseline(config.model, data)
+    else:
+        name = f"{config.model._target_.rpartition('.')[2]} {config.regime}"
+        probabilities, facts = fit_network(config, data, folder, checkpoint, precision)
+    if rank_zero_only.rank == 0:
+        facts |= {"seconds": time.perf_counter() - begun}
+        results += _evaluate(config, data, folder, name, probabilities, facts)
+    return folder, results
+
+
+def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> Path:
+    """Returns the folder of a new or a resumed run after writing what is known before the work."""
+    if config.ckpt_path is not None:
+        folder = Path(config.ckpt_path).resolve().parents[1]
+        if Split.load(folder / "split.npz").digest() != data.split.digest():
+            raise CheckpointError(f"{config.ckpt_path}: trained on another split; resume with that run's configuration")
+        return folder
+    if rank_zero_only.rank > 0:
+        return Path(os.environ[RUN_VARIABLE])
+    folder = create_run_folder(config.runs_root, config.name, config.seed)
+    os.environ[RUN_VARIABLE] = str(folder)
+    with atomic_path(folder / "config.yaml") as temporary:
+        OmegaConf.save(config, temporary, resolve=True)
+    write_json(folder / "provenance.json", provenance(precision, data.scene.hashes))
+    data.split.save(folder / "split.npz")
+    with atomic_path(folder / "preprocessing.safetensors") as temporary:
+        save_file(data.preprocessor.state(), temporary)
+    return folder
+
+
+def _evaluate(
+    config: DictConfig,
+    data: SceneDataModule,
+    folder: Path,
+    name: str,
+    probabilities: np.ndarray,
+    facts: Mapping[str, Any],
+) -> list[RunResult]:
+    """Writes map, pictures and scores of a method, and of its random walk where that is asked for."""
+    maps = {(folder, name): probabilities}
+    if config.random_walk is not None:
+        seeds = np.full(data.scene.labels.size, IGNORE)
+        seeds[data.split.train] = data.scene.labels.flat[data.split.train]
+        walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), **config.random_walk)
+        # the run's own folder last: its scores mark it as finished
+        maps = {(folder / "random_walk", f"{name} + random walk"): walked} | maps
+    results = []
+    for (place, title), values in maps.items():
+        predicted = values.argmax(axis=1).astype(np.uint8).reshape(data.split.shape)
+        predicted[~data.scene.valid] = IGNORE
+        scores = {
+            subset: score(predicted.flat[pixels], data.scene.labels.flat[pixels], data.num_classes)
+            for subset, pixels in data.split.subsets().items()
+        }
+        leakage = data.split.leakage(data.patch_size)
+        result = RunResult(title, config.seed, data.split.digest(), leakage, scores, facts)
+        save_scene_pictures(place, data.scene, predicted, scores["test"].confusion)
+        write_metrics(place, result, [item.name for item in data.scene.classes])
+        results.append(result)
+    return results[::-1]

@@ -1,0 +1,44 @@
+"""AdamW with groups and a schedule of the learning rate, shared by all tasks."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from vision_lowrank.errors import ConfigError
+
+
+def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
+    """Returns the factor on the learning rate: a line from 0 to 1, then half a cosine that reaches 0 after the last step.
+
+    Args:
+        total_steps: length of training in optimiser steps.
+        warmup: share of it that the line takes.
+    """
+    if not 0 <= warmup < 1:
+        raise ConfigError(f"task.warmup is {warmup}; give a share of training from 0 up to, but not, 1")
+    rise = max(1, round(warmup * total_steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, total_steps - rise))))
+
+    return factor
+
+
+def adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, factor: Callable[[int], float]
+) -> dict[str, Any]:
+    """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
+
+    Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
+    """
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, weight_decay, spared)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -1,0 +1,164 @@
+"""Training of a patch classifier on one scene, from scratch or by adapters on a frozen base."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
+from vision_lowrank.data.augmentation import random_symmetries
+from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
+
+
+class SceneClassification(L.LightningModule):
+    """Cross-entropy on patches under random symmetries; AdamW with warm-up and cosine.
+
+    With `cycles`, the strength of the model's adapters and their learning rate follow the cyclical schedule of
+    LoLA-SpecViT; validation, test, prediction and what is saved have strength 1. Statistics of frozen normalisations
+    stay as they are.
+
+    Args:
+        model: maps (batch, channels, side, side) to logits (batch, num_classes); perhaps with adapters.
+        class_counts: training pixels of each class.
+        learning_rate: highest rate.
+        weight_decay: of matrices and kernels.
+        warmup: share of training in which the rate rises.
+        label_smoothing: share of the target spread over all classes.
+        balance: exponent b of the weight of a class in the loss, its training pixels to the power -b: 0 weighs pixels
+            alike, 1 weighs classes alike.
+        cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters.
+
+    Attributes:
+        history: one mapping a finished epoch: epoch, loss and accuracy of training and validation, rate, strength.
+    """
+
+    class_weights: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_counts: Sequence[int],
+        learning_rate: float,
+        weight_decay: float,
+        warmup: float,
+        label_smoothing: float,
+        balance: float,
+        cycles: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.label_smoothing = label_smoothing
+        self.cycles = cycles
+        self.history: list[dict[str, float]] = []
+        self.strength: CyclicalStrength | None = None
+        self._restored: dict[str, Any] | None = None
+        counts = torch.tensor(class_counts, dtype=torch.float32)
+        weights = counts.clamp(min=1).pow(-balance)
+        self.register_buffer("class_weights", weights * counts.sum() / (weights * counts).sum(), persistent=False)
+        num_classes = len(class_counts)
+        scores = MetricCollection(
+            {
+                "OA": MulticlassAccuracy(num_classes, average="micro"),
+                "AA": MulticlassAccuracy(num_classes, average="macro"),
+            }
+        )
+        self.training_scores = scores.clone(prefix="train/")
+        self.validation_scores = scores.clone(prefix="val/")
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps patches (batch, channels, side, side) to logits (batch, num_classes) in float32."""
+        logits: Tensor = self.model(image)
+        return logits.float()
+
+    def train(self, mode: bool = True) -> "SceneClassification":
+        """Sets the mode; normalisations of a frozen base stay in evaluation mode."""
+        super().train(mode)
+        if self.cycles is not None:
+            freeze_statistics(self.model)
+        return self
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Returns the loss of a batch {"image": (batch, channels, side, side), "label": (batch,)}."""
+        image = random_symmetries(batch["image"])
+        logits = self(image)
+        loss = F.cross_entropy(logits, batch["label"], self.class_weights, label_smoothing=self.label_smoothing)
+        self.training_scores.update(logits, batch["label"])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Collects loss and scores of the validation pixels."""
+        logits = self(batch["image"])
+        self.validation_scores.update(logits, batch["label"])
+        loss = F.cross_entropy(logits, batch["label"])
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Returns the predicted classes (batch,)."""
+        return self(batch["image"]).argmax(dim=1)
+
+    def on_fit_start(self) -> None:
+        """Lays out the strength's cycles over the steps of this training."""
+        if self.cycles is None:
+            return
+        total = int(self.trainer.estimated_stepping_batches)
+        self.strength = CyclicalStrength(total, **self._cycles(total))
+        if self._restored is not None:
+            self.strength.load_state_dict(self._restored)
+
+    def _cycles(self, total: int) -> dict[str, Any]:
+        """Returns the settings of the cycles in optimiser steps."""
+        settings = dict(self.cycles or {})
+        settings["first_cycle"] = max(2, round(settings["first_cycle"] * total / (self.trainer.max_epochs or 1)))
+        return settings
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Moves the strength of the adapters."""
+        if self.strength is not None:
+            self.strength.step(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates, and lets checkpoints hold, the adapters at full strength."""
+        if self.strength is not None:
+            set_strength(self.model, 1.0)
+
+    def on_validation_epoch_end(self) -> None:
+        """Shows the scores of validation."""
+        self.log_dict(self.validation_scores, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Adds a line to the history."""
+        metrics = {**self.trainer.callback_metrics, **self.training_scores.compute()}
+        self.training_scores.reset()
+        row = {"epoch": float(self.current_epoch + 1), **{name: float(value) for name, value in metrics.items()}}
+        row["learning rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        if self.strength is not None:
+            row["strength"] = self.strength(self.strength.step_count - 1)
+        self.history.append(row)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds history and strength to a checkpoint, as plain numbers."""
+        checkpoint["history"] = self.history
+        checkpoint["strength"] = None if self.strength is None else self.strength.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the history and strength of a checkpoint."""
+        self.history = list(checkpoint["history"])
+        self._restored = checkpoint["strength"]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Returns AdamW; the rate falls in one cosine, or in the adapters' cycles."""
+        total = int(self.trainer.estimated_stepping_batches)
+        if self.cycles is None:
+            factor: Callable[[int], float] = warmup_cosine(total, self.warmup)
+        else:
+            factor = CyclicalStrength(total, **self._cycles(total), warmup=round(self.warmup * total), rising=False)
+        return adamw(self.model, self.learning_rate, self.weight_decay, factor)
