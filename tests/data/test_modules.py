@@ -147,6 +147,26 @@ def test_training_order_follows_the_seed_and_changes_each_epoch(make):
     assert sorted(other) == sorted(epochs[0])
 
 
+def test_a_last_batch_that_is_not_full_waits_for_the_next_epoch(make):
+    size = make().split.train.size
+    loader = make(batch_size=50).train_dataloader()
+    assert 50 < size < 100
+    epochs = [loaded(loader) for _ in range(12)]
+    assert [len(epoch) for epoch in epochs] == [50] * 12
+    assert len(set().union(*epochs)) == size
+    # where there is one batch only, it is kept
+    assert len(loaded(make(batch_size=100).train_dataloader())) == size
+
+
+def test_pretraining_takes_every_pixel_with_values(tiny, make):
+    tiny.image[3, 4, 1] = np.nan
+    module = make(batch_size=480)
+    centres = next(iter(module.pretrain_dataloader()))["image"][:, :, 2, 2]
+    valid = module.cube[:, 2:-2, 2:-2].reshape(6, -1)[:, torch.arange(480) != 3 * 20 + 4].T
+    assert centres.shape == (479, 6)
+    assert torch.equal(centres.unique(dim=0), valid.unique(dim=0))
+
+
 def test_random_split_follows_options_and_seed(make):
     module = make(split={"kind": "random", "train": 5, "validation": 2})
     assert np.bincount(module.scene.labels.flat[module.split.train]).tolist() == [5, 5, 5]

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import rasterio
@@ -13,12 +15,15 @@ TRANSFORM = from_origin(364095, 5809965, 30, 20)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_class_map_comes_back_with_all_that_belongs_to_it(tmp_path, kind):
+def test_class_map_comes_back_with_all_that_belongs_to_it(tmp_path, kind, caplog):
     path = tmp_path / "a" / "map.tif"
-    save_class_geotiff(path, CLASSES.astype(kind), NAMES, COLOURS, ("EPSG:32633", tuple(TRANSFORM)[:6]))
+    with caplog.at_level(logging.INFO):
+        save_class_geotiff(path, CLASSES.astype(kind), NAMES, COLOURS, ("EPSG:32633", tuple(TRANSFORM)[:6]))
+    assert not caplog.messages
     with rasterio.open(path) as file:
         assert np.array_equal(file.read(1), CLASSES)
         assert (file.count, file.dtypes, file.nodata) == (1, ("uint8",), 255)
+        assert file.colorinterp == (rasterio.enums.ColorInterp.palette,)
         assert file.crs.to_epsg() == 32633
         assert file.transform == TRANSFORM
         assert file.xy(2, 1, offset="ul") == (364095 + 30, 5809965 - 40)

@@ -13,6 +13,7 @@ clipped to the map, padding is masked, and the base is trained.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath, SwiGLU
@@ -69,7 +70,9 @@ class Downsample(nn.Module):
         return self.reduction(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class LolaSpecViT(nn.Module, PyTorchModelHubMixin):
+class LolaSpecViT(
+    nn.Module, PyTorchModelHubMixin, library_name="vision-lowrank", license="apache-2.0", tags=["hyperspectral"]
+):
     """LoLA-SpecViT for patches of hyperspectral scenes.
 
     Args:
@@ -114,7 +117,7 @@ class LolaSpecViT(nn.Module, PyTorchModelHubMixin):
         size = self.stem.map_size
         self.pos_embed = nn.Parameter(torch.zeros(1, size, size, dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = nn.ModuleList()
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             parts: list[nn.Module] = []

@@ -54,13 +54,13 @@ def save_class_geotiff(
             dtype="uint8",
             nodata=NODATA,
             compress="deflate",
-            photometric="palette",
             **place,
         ) as file:
-            file.write(classes.astype(np.uint8), 1)
             table = {i: tuple(round(255 * part) for part in to_rgba(colour)) for i, colour in enumerate(colours)}
+            # before the pixels: GDAL complains of a colour table that comes after them
             file.write_colormap(1, table | {NODATA: (0, 0, 0, 0)})
             file.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
+            file.write(classes.astype(np.uint8), 1)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

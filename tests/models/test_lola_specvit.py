@@ -1,0 +1,182 @@
+"""LoLA-SpecViT and its layers against slow references that spell the definitions out."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vision_lowrank.adapters import LoRA, count_parameters, inject, merge
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.models import LolaSpecViT
+from vision_lowrank.models.layers.spectral_stem import SpectralStem
+from vision_lowrank.models.layers.window_attention import WindowAttention
+
+
+def slow_convolution(x, weight, margin):
+    """3D convolution of (channels, depth, height, width), padded by half the kernel in depth and `margin` in space."""
+    out, _, depth, rows, columns = weight.shape
+    x = np.pad(x, ((0, 0), (depth // 2, depth // 2), (margin, margin), (margin, margin)))
+    shape = (out, x.shape[1] - depth + 1, x.shape[2] - rows + 1, x.shape[3] - columns + 1)
+    y = np.zeros(shape)
+    for d in range(shape[1]):
+        for i in range(shape[2]):
+            for j in range(shape[3]):
+                window = x[:, d : d + depth, i : i + rows, j : j + columns]
+                y[:, d, i, j] = (weight * window).sum(axis=(1, 2, 3, 4))
+    return y
+
+
+@pytest.mark.parametrize(("patch", "sides"), [(9, [7, 7]), (12, [10, 8]), (3, [3, 3])])
+def test_stem_is_convolution_over_components_then_a_weight_for_each_component(patch, sides):
+    torch.manual_seed(0)
+    stem = SpectralStem(5, patch, channels=(2, 3), depths=(5, 3), dim=4).double().eval()
+    for layer in stem.convolutions:
+        if isinstance(layer, nn.BatchNorm3d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    # a marked array: patch side and number of components differ, so no axis can be taken for another
+    x = torch.randn(2, 5, patch, patch, dtype=torch.float64)
+    expected = []
+    for sample in x.numpy():
+        y = sample[None]
+        side = patch
+        for convolution, norm, target in zip(stem.convolutions[::3], stem.convolutions[1::3], sides, strict=True):
+            y = slow_convolution(y, convolution.weight.detach().numpy(), (target - side + 2) // 2)
+            side = target
+            mean, variance = norm.running_mean.numpy(), norm.running_var.numpy()
+            y = (y - mean[:, None, None, None]) / np.sqrt(variance + norm.eps)[:, None, None, None]
+            y = y / (1 + np.exp(-y))
+        weight = stem.collapse.weight.detach().numpy().reshape(4, 3, 5)
+        collapsed = np.einsum("ocd,cdhw->ohw", weight, y) + stem.collapse.bias.detach().numpy()[:, None, None]
+        expected.append(collapsed)
+    assert stem.map_size == sides[-1]
+    torch.testing.assert_close(stem(x), torch.from_numpy(np.stack(expected)), atol=1e-12, rtol=0)
+
+
+def test_the_order_of_components_matters():
+    # the original averages over depth after shared kernels: far from the borders it cannot tell the order
+    torch.manual_seed(0)
+    stem = SpectralStem(12, 7, channels=(4,), depths=(3,), dim=6).eval()
+    x = torch.zeros(1, 12, 7, 7)
+    x[:, 5] = 1
+    moved = x.roll(1, dims=1)
+    assert (stem(x) - stem(moved)).abs().max() > 0.01
+
+
+def slow_window_attention(module, x):
+    """One position after the other; keys are the real positions of the same window."""
+    size, window, heads = x.shape[1], module.window_size, module.num_heads
+    qkv = x @ module.qkv.weight.T + module.qkv.bias
+    width = x.shape[-1] // heads
+    mixed = torch.zeros_like(x)
+    for b in range(len(x)):
+        for i in range(size):
+            for j in range(size):
+                keys = [
+                    (k, m)
+                    for k in range(i // window * window, min(size, i // window * window + window))
+                    for m in range(j // window * window, min(size, j // window * window + window))
+                ]
+                for h in range(heads):
+                    part = slice(h * width, (h + 1) * width)
+                    q, k, v = (qkv[..., part.start + n * x.shape[-1] : part.stop + n * x.shape[-1]] for n in range(3))
+                    rows = [(i - a + window - 1) * (2 * window - 1) + j - c + window - 1 for a, c in keys]
+                    logits = torch.stack([q[b, i, j] @ k[b, a, c] / math.sqrt(width) for a, c in keys])
+                    weights = (logits + module.relative_bias[rows, h]).softmax(0)
+                    mixed[b, i, j, part] = sum(w * v[b, a, c] for w, (a, c) in zip(weights, keys, strict=True))
+    return mixed @ module.proj.weight.T + module.proj.bias
+
+
+@pytest.mark.parametrize(("size", "window"), [(4, 4), (6, 3), (5, 3), (3, 7), (1, 7)])
+def test_window_attention_with_padding_and_clipping(size, window):
+    torch.manual_seed(0)
+    module = WindowAttention(8, 2, window, size).double().eval()
+    nn.init.normal_(module.relative_bias)
+    x = torch.randn(2, size, size, 8, dtype=torch.float64, requires_grad=True)
+    expected = slow_window_attention(module, x)
+    actual = module(x)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    probe = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad((expected * probe).sum(), x)
+    (found,) = torch.autograd.grad((actual * probe).sum(), x)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ConfigError, match="10 is no multiple of its 4 heads"):
+        WindowAttention(10, 4, 7, 7)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize(("channels", "patch", "classes"), [(1, 1, 2), (3, 5, 4), (17, 13, 3), (4, 22, 2)])
+def test_any_bands_patch_and_classes(size, channels, patch, classes):
+    torch.manual_seed(0)
+    model = timm.create_model(f"lola_specvit_{size}", in_chans=channels, num_classes=classes, img_size=patch).eval()
+    x = torch.randn(2, channels, patch, patch)
+    logits = model(x)
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
+    changed = x.clone()
+    changed[:, :, patch // 2, patch // 2] += 1
+    assert (model(changed) - logits).abs().max() > 1e-4
+    model.reset_classifier(0)
+    assert torch.equal(model(x), features)
+    with pytest.raises(ConfigError, match=rf"\(batch, {channels}, {patch}, {patch}\)"):
+        model(torch.zeros(1, channels, patch + 1, patch))
+
+
+def test_parameter_counts_of_the_sizes():
+    def count(size):
+        with torch.device("meta"):
+            model = timm.create_model(f"lola_specvit_{size}", in_chans=30, num_classes=16, img_size=13)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    # tiny by hand: convolutions and their norms, collapse, position embedding, blocks, final norm, head
+    stem = 8 * 63 + 2 * 8 + 16 * 8 * 45 + 2 * 16 + 32 * 16 * 27 + 2 * 32 + 32 * 30 * 64 + 64
+    block = 2 * 128 + 3 * (64 * 64 + 64) + 64 * 64 + 64 + 13 * 13 * 4 + 2 * (64 * 128 + 128) + 128 * 64 + 64
+    assert count("tiny") == stem + 7 * 7 * 64 + 2 * block + 128 + 128 * 16 + 16
+    assert 0.5e6 < count("small") < 2e6 < 10e6 < count("base") < 30e6
+
+
+def test_depths_and_heads_must_agree():
+    with pytest.raises(ConfigError, match="differ in length"):
+        LolaSpecViT(4, 2, 7, depths=(1, 1), num_heads=(2,))
+
+
+def test_no_decay_for_tables_of_positions():
+    model = LolaSpecViT(4, 2, 7)
+    assert model.no_weight_decay() == {
+        "pos_embed", "stages.0.0.attn.relative_bias", "stages.0.1.attn.relative_bias",
+    }  # fmt: skip
+
+
+def test_saved_and_loaded_model_is_the_same(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("lola_specvit_small", in_chans=6, num_classes=4, img_size=9).eval()
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    loaded = LolaSpecViT.from_pretrained(tmp_path).eval()
+    x = torch.randn(3, 6, 9, 9)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_adapters_on_every_projection_merge_exactly():
+    torch.manual_seed(0)
+    model = timm.create_model("lola_specvit_tiny", in_chans=6, num_classes=4, img_size=9).double().eval()
+    x = torch.randn(2, 6, 9, 9, dtype=torch.float64)
+    before = model(x)
+    targets = ["attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2", "stem.collapse", "stem.convolutions.*"]
+    paths = inject(model, targets, LoRA(2, 4), train="head")
+    assert len(paths) == 2 * 5 + 1 + 3
+    assert torch.equal(model(x), before)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted = model(x)
+    assert (adapted - before).abs().max() > 1e-3
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, atol=1e-10, rtol=0)
+    assert count_parameters(model).head == 128 * 4 + 4
