@@ -68,7 +68,9 @@ def main() -> None:
             model = timm.create_model(f"lola_specvit_{size}", in_chans=30, num_classes=CLASSES, img_size=13)
             times = measure(model, torch.randn(1, 30, 13, 13), dtype, 10)
             rows.append((f"{size}, 30 x 13 x 13, {name}", model, *times))
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
     print("| model | parameters | step of 32 (s) | times faster | 1,000 pixels (s) | times faster |")
     print("| :--- | ---: | ---: | ---: | ---: | ---: |")
     first = rows[0]

@@ -12,15 +12,19 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
+from sklearn.svm import SVC
 
 from vision_lowrank.adapters import load_adapter
+from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.splits import Split
-from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.errors import CheckpointError, VisionLowRankError
 from vision_lowrank.evaluation.tables import read_result
 from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models import LolaSpecViT
+from vision_lowrank.tasks.scene_classification import SceneClassification
 from vision_lowrank.training import train
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH, BANDS, CLASSES = 30, 26, 8, 3
 
 
@@ -56,7 +60,7 @@ def scene(tmp_path_factory):
 def configure(scene, tmp_path, repository):
     """Function that composes the configuration of a short run, with further overrides."""
 
-    def make(*overrides):
+    def make(*overrides, baselines=False):
         with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
             return compose(
                 "train",
@@ -77,7 +81,7 @@ def configure(scene, tmp_path, repository):
                     "+model.depths=[1]",
                     "+model.stem_channels=[2,4]",
                     "+model.stem_depths=[3,3]",
-                    "baselines=null",
+                    *([] if baselines else ["baselines=null"]),
                     *overrides,
                 ],
             )
@@ -147,3 +151,178 @@ def test_several_seeds_give_one_table(configure, capsys):
     assert f"{np.mean(values):.2f}" in capsys.readouterr().out
 
 
+def test_baselines_see_training_pixels_only_and_share_the_split(configure, scene, tmp_path):
+    svm, forest, network = train(configure("baselines.random_forest.trees=20", baselines=True))
+    assert [svm.method, forest.method, network.method] == ["svm", "random_forest", "lola_specvit_tiny full"]
+    assert svm.split == forest.split == network.split
+    image, labels = np.load(scene.parent / "image.npy"), np.load(scene.parent / "labels.npy").reshape(-1)
+    config = configure()
+    split = Split.load(run_folder(config) / "split.npz")
+    spectra = image.reshape(-1, BANDS)
+    mean, deviation = spectra[split.train].mean(0), spectra[split.train].std(0)
+    classifier = SVC(**svm.facts["chosen"]).fit((spectra[split.train] - mean) / deviation, labels[split.train])
+    expected = classifier.score((spectra[split.test] - mean) / deviation, labels[split.test])
+    assert svm.scores["test"].oa == pytest.approx(expected, abs=1e-6)
+    assert read_result(run_folder(config) / "baselines" / "random_forest").method == "random_forest"
+
+
+def test_a_baseline_alone(configure):
+    (result,) = train(configure("model=svm", "~model.dim", "~model.num_heads", "~model.depths",
+                                "~model.stem_channels", "~model.stem_depths"))  # fmt: skip
+    assert result.method == "SpectralSVM"
+    assert result.scores["test"].oa > 0.9
+
+
+def test_random_walk_is_a_row_of_its_own(configure):
+    plain, walked = train(configure("random_walk={sharpness: 1, prior: 0.01, smoothing: 1}"))
+    assert walked.method == f"{plain.method} + random walk"
+    assert walked.facts["transductive"]
+    assert not plain.facts["transductive"]
+
+
+def test_adapters_train_on_a_frozen_base(configure):
+    config = configure("regime=adapt", "pretraining.epochs=1", "trainer.max_epochs=4", "adapter.cycles.first_cycle=1")
+    (result,) = train(config)
+    folder = run_folder(config)
+    base = load_file(folder / "model" / "model.safetensors")
+    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    compared = 0
+    for name, tensor in base.items():
+        kept = checkpoint.get(f"model.{name}", checkpoint.get(f"model.{name.rpartition('.')[0]}.base."
+                                                              f"{name.rpartition('.')[2]}"))  # fmt: skip
+        if not name.startswith("head"):
+            assert torch.equal(kept, tensor), name
+            compared += 1
+    assert compared > 20
+    assert all(value == 1 for name, value in checkpoint.items() if name.endswith("strength"))
+    model = LolaSpecViT.from_pretrained(folder / "model")
+    load_adapter(model, folder / "adapter")
+    assert result.facts["transductive"]
+    assert result.facts["parameters"]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert not torch.equal(model.head.weight, base["head.weight"])
+
+    again = configure("regime=adapt", f"base={folder / 'model'}", "trainer.max_epochs=1")
+    train(again)
+    assert torch.equal(load_file(run_folder(again) / "model" / "model.safetensors")["pos_embed"], base["pos_embed"])
+
+
+def weights(folder):
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize("regime", ["full", "adapt"])
+def test_resumed_training_ends_where_the_uninterrupted_one_does(configure, regime, monkeypatch):
+    options = [f"regime={regime}", "pretraining.epochs=1", "trainer.max_epochs=4", "adapter.cycles.first_cycle=1"]
+    whole = configure(*options)
+    train(whole)
+    expected = weights(run_folder(whole))
+
+    class Stop(Exception):
+        pass
+
+    step = SceneClassification.training_step
+
+    def stop(task, batch, index):
+        if task.current_epoch == 2:
+            raise Stop
+        return step(task, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneClassification, "training_step", stop)
+        with pytest.raises(Stop):
+            train(configure(*options))
+    folder = run_folder(whole)
+    assert not (folder / "metrics.json").exists()
+    (result,) = train(configure(*options, f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"))
+    assert (folder / "metrics.json").exists()
+    resumed = weights(folder)
+    assert resumed.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
+    assert result.facts["epochs"] == 4
+    assert len((folder / "history.csv").read_text().splitlines()) == 5
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "code", "other"])
+def test_bad_checkpoints_are_refused_before_work_starts(configure, tmp_path, kind):
+    path = tmp_path / "bad.ckpt"
+    if kind == "truncated":
+        torch.save({"state_dict": {"a": torch.zeros(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "code":
+        torch.save({"state_dict": Canary(tmp_path / "canary")}, path)
+    elif kind == "other":
+        torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt") as error:
+        train(configure(f"ckpt_path={path}"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "canary").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_split_is_refused(configure):
+    config = configure()
+    train(config)
+    with pytest.raises(CheckpointError, match="another split"):
+        train(configure(f"ckpt_path={run_folder(config) / 'checkpoints' / 'last.ckpt'}", "seed=5"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["regime=both"], "can be full or adapt"),
+        (["+colour=red"], "unknown key colour"),
+        (["+model.dims=3"], "dims"),
+        (["data.patch_size=27"], "larger than the scene"),
+        (["trainer.precision=half"], "trainer.precision='half'"),
+        (["regime=adapt", "base=nowhere"], "no config.json"),
+        (["adapter.targets=[attn.kqv]", "regime=adapt", "pretraining.epochs=1"], r"'attn\.kqv' matches no layer"),
+        (["seeds=[1,2]", "trainer.devices=2"], "one device"),
+        (["random_walk={sharpness: -1, prior: 0, smoothing: 1}"], "sharpness=-1"),
+    ],
+)
+def test_wrong_options(configure, overrides, message):
+    with pytest.raises(VisionLowRankError, match=message):
+        train(configure(*overrides))
+
+
+def test_error_of_the_command_is_one_line(scene, tmp_path, repository):
+    command = [sys.executable, "train.py", "experiment=own_scene", f"data.card={scene}", "data.root=nowhere"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: scene stripes: 2 files not found")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir()))
+@pytest.mark.parametrize("split", ["random", "blocks", "from_file"])
+def test_every_experiment_composes_with_every_split(repository, experiment, split):
+    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+        config = compose("train", [f"experiment={experiment}", f"data/split={split}"])
+    assert config.data.split.kind == split
+    if experiment != "own_scene":
+        assert config.data.card == config.name == load_card(experiment).name
+
+
+@pytest.mark.slow
+def test_two_processes_classify_as_well_as_one(scene, tmp_path, repository):
+    options = [
+        "experiment=own_scene", f"data.card={scene}", f"data.root={scene.parent}", f"runs_root={tmp_path}",
+        "data.patch_size=5", "data.components=4", "baselines=null", "trainer.max_epochs=10",
+        "data.split.train=0.2", "data.split.validation=0.1",
+    ]  # fmt: skip
+    command = [sys.executable, "train.py", *options, "trainer=ddp", "trainer.accelerator=cpu"]
+    subprocess.run(command, cwd=repository, check=True)
+    (folder,) = (tmp_path / "own_scene").iterdir()
+    assert read_result(folder).scores["test"].oa > 0.9

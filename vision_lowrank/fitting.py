@@ -12,17 +12,16 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 
-from vision_lowrank.adapters import count_parameters, full_strength, inject, save_adapter
+from vision_lowrank.adapters import count_parameters, inject, save_adapter
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.reporting import save_training_curves
-from vision_lowrank.runs import write_csv
+from vision_lowrank.runs import process_rank, write_csv
 from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
 from vision_lowrank.tasks.scene_classification import SceneClassification
 
@@ -36,7 +35,7 @@ def fit_network(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Trains, keeps the weights of the best validation loss and applies them to the whole scene.
 
-    Writes `model/` (weights and settings), with adapters also `adapter/`, `history.csv`, `curves.png` and `checkpoints/`.
+    Writes `model/` (weights and settings), `adapter/` with adapters, `history.csv`, `curves.png` and `checkpoints/`.
 
     Args:
         config: the whole configuration.
@@ -60,17 +59,25 @@ def fit_network(
             facts["transductive"] = True
         model.reset_classifier(data.num_classes)
         _save_model(model, folder / "model")
-        inject(model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train))
+        inject(
+            model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train)
+        )
     else:
         model = _build(config, data)
     task = _make_task(config, data, model)
-    best = ModelCheckpoint(folder / "checkpoints", "best", MONITOR, save_last=True, enable_version_counter=False)
+    # at the end of the whole epoch, so that the history in the file holds it
+    best = ModelCheckpoint(
+        *(folder / "checkpoints", "best", MONITOR),
+        save_last=True,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
     trainer = _make_trainer(config, precision, [best, EarlyStopping(MONITOR, patience=config.patience)])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if rank_zero_only.rank > 0:
+    if process_rank() > 0:
         return np.empty(0), {}
     facts["training_seconds"] = time.perf_counter() - started
     task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
@@ -116,23 +123,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _build(config: DictConfig, data: SceneDataModule) -> nn.Module:
-    model: nn.Module = instantiate(
+def _build(config: DictConfig, data: SceneDataModule) -> Any:
+    model: Any = instantiate(
         config.model, in_chans=data.num_channels, num_classes=data.num_classes, img_size=data.patch_size
     )
     return model
 
 
-def _load_base(config: DictConfig, data: SceneDataModule) -> nn.Module | None:
+def _load_base(config: DictConfig, data: SceneDataModule) -> Any:
     """Returns the base that the configuration names, None where it names none."""
     if config.base is None:
         return None
     model = _build(config, data)
-    kind: Any = type(model)
+    kind = type(model)
     if not (Path(config.base) / "config.json").is_file():
         raise CheckpointError(f"base {config.base}: no config.json there; give the `model` folder of a run")
     try:
-        base: nn.Module = kind.from_pretrained(config.base, local_files_only=True)
+        base = kind.from_pretrained(config.base, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"base {config.base}: cannot be loaded as {kind.__name__} ({error})") from error
     for setting in ("in_chans", "img_size"):
@@ -142,7 +149,7 @@ def _load_base(config: DictConfig, data: SceneDataModule) -> nn.Module | None:
     return base
 
 
-def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> nn.Module:
+def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> Any:
     """Returns a base that learned to reconstruct the scene, its test pixels included, without labels."""
     logger.info("pretraining on all %d pixels of the scene, without labels: transductive", data.scene.valid.sum())
     model = _build(config, data)

@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def predict_probabilities(model: nn.Module, loader: DataLoader[dict[str, Tensor]], precision: str, device: str) -> Tensor:
+def predict_probabilities(
+    model: nn.Module, loader: DataLoader[dict[str, Tensor]], precision: str, device: str
+) -> Tensor:
     """Runs a model over a loader's samples in their order.
 
     Args:

@@ -99,6 +99,11 @@ def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
             return folder
 
 
+def process_rank() -> int:
+    """Returns the number of this process in a distributed run, 0 outside of one; known before anything is set up."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+
+
 def provenance(precision: str, data_hashes: Mapping[str, str]) -> dict[str, Any]:
     """Collects what a reader needs to repeat a run; meant for `provenance.json`.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
@@ -25,7 +24,7 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk
 from vision_lowrank.reporting import save_scene_pictures
-from vision_lowrank.runs import atomic_path, create_run_folder, provenance, write_json
+from vision_lowrank.runs import atomic_path, create_run_folder, process_rank, provenance, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     data.setup()
     folder = _open_folder(config, data, precision)
     results: list[RunResult] = []
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         for name, node in (config.baselines or {}).items():
             if node != config.model:
                 started = time.perf_counter()
@@ -66,7 +65,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     else:
         name = f"{config.model._target_.rpartition('.')[2]} {config.regime}"
         probabilities, facts = fit_network(config, data, folder, checkpoint, precision)
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         facts |= {"seconds": time.perf_counter() - begun}
         results += _evaluate(config, data, folder, name, probabilities, facts)
     return folder, results
@@ -79,7 +78,7 @@ def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> P
         if Split.load(folder / "split.npz").digest() != data.split.digest():
             raise CheckpointError(f"{config.ckpt_path}: trained on another split; resume with that run's configuration")
         return folder
-    if rank_zero_only.rank > 0:
+    if process_rank() > 0:
         return Path(os.environ[RUN_VARIABLE])
     folder = create_run_folder(config.runs_root, config.name, config.seed)
     os.environ[RUN_VARIABLE] = str(folder)
@@ -101,15 +100,16 @@ def _evaluate(
     facts: Mapping[str, Any],
 ) -> list[RunResult]:
     """Writes map, pictures and scores of a method, and of its random walk where that is asked for."""
-    maps = {(folder, name): probabilities}
+    maps = {(folder, name): (probabilities, facts)}
     if config.random_walk is not None:
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
         walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), **config.random_walk)
         # the run's own folder last: its scores mark it as finished
-        maps = {(folder / "random_walk", f"{name} + random walk"): walked} | maps
+        walk = {(folder / "random_walk", f"{name} + random walk"): (walked, {**facts, "transductive": True})}
+        maps = walk | maps
     results = []
-    for (place, title), values in maps.items():
+    for (place, title), (values, known) in maps.items():
         predicted = values.argmax(axis=1).astype(np.uint8).reshape(data.split.shape)
         predicted[~data.scene.valid] = IGNORE
         scores = {
@@ -117,7 +117,7 @@ def _evaluate(
             for subset, pixels in data.split.subsets().items()
         }
         leakage = data.split.leakage(data.patch_size)
-        result = RunResult(title, config.seed, data.split.digest(), leakage, scores, facts)
+        result = RunResult(title, config.seed, data.split.digest(), leakage, scores, known)
         save_scene_pictures(place, data.scene, predicted, scores["test"].confusion)
         write_metrics(place, result, [item.name for item in data.scene.classes])
         results.append(result)

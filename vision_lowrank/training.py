@@ -4,13 +4,12 @@ import logging
 from datetime import datetime
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
-from vision_lowrank.runs import atomic_path
+from vision_lowrank.runs import atomic_path, process_rank
 from vision_lowrank.scene_run import run_scene
 
 logger = logging.getLogger(__name__)
@@ -42,9 +41,10 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     results: list[RunResult] = []
     for seed in seeds:
-        folder, found = run_scene(OmegaConf.merge(config, {"seed": seed, "seeds": None}))
+        one = DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None}))
+        folder, found = run_scene(one)
         results += found
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         _report(results, config, folder if len(seeds) == 1 else folder.parent / f"{datetime.now():%Y%m%d-%H%M%S}-table")
     return results
 

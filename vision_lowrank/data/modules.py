@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, load_card
 from vision_lowrank.data.download import fetch
-from vision_lowrank.data.patches import PatchDataset, allocate_cube, collate_batch, reflect_border
+from vision_lowrank.data.patches import EpochShuffle, PatchDataset, allocate_cube, collate_batch, reflect_border
 from vision_lowrank.data.preprocessing import ScenePreprocessor
 from vision_lowrank.data.scene import Scene, open_scene, read_labels
 from vision_lowrank.data.splits import Split, block_split, file_split, random_split
@@ -124,11 +124,11 @@ class SceneDataModule(L.LightningDataModule):
         return np.bincount(self.scene.labels.flat[self.split.train], minlength=self.num_classes)
 
     def train_dataloader(self) -> Loader:
-        """Returns the training pixels in an order drawn anew each epoch, from a generator of its own."""
+        """Returns the training pixels in an order that seed and epoch tell."""
         return self._shuffled(self.split.train)
 
     def pretrain_dataloader(self) -> Loader:
-        """Returns every pixel that has values, test pixels included, in an order drawn anew each epoch.
+        """Returns every pixel that has values, test pixels included, in an order that seed and epoch tell.
 
         For training without labels; it makes what is trained transductive.
         """
@@ -147,10 +147,9 @@ class SceneDataModule(L.LightningDataModule):
         return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
 
     def _shuffled(self, indices: np.ndarray) -> Loader:
-        generator = torch.Generator().manual_seed(self.seed)
         # a last batch of one sample has no batch statistics
         whole = len(indices) > self.batch_size
-        return self._loader(indices, self.batch_size, shuffle=True, drop_last=whole, generator=generator)
+        return self._loader(indices, self.batch_size, sampler=EpochShuffle(len(indices), self.seed), drop_last=whole)
 
     def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
         dataset = PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)

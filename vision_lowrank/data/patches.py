@@ -3,14 +3,14 @@
 Memory grows with the scene, not with pixels times patch size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from vision_lowrank.errors import ConfigError, DataError
 
@@ -97,6 +97,32 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
         for name, value in self.shared.items():
             batch[name] = value.expand(len(chosen), *value.shape)
         return batch
+
+
+class EpochShuffle(Sampler[int]):
+    """An order of samples that depends on seed and epoch alone, so that a resumed training meets the same batches.
+
+    Args:
+        length: number of samples.
+        seed: of all orders.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch; Lightning calls it. Without it, each pass counts as one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        self.epoch += 1
+        return iter(order.tolist())
 
 
 def collate_batch(batch: Any) -> Any:

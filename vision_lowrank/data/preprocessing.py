@@ -69,7 +69,8 @@ class ScenePreprocessor:
             pca = PCA(self.components, copy=False, svd_solver="covariance_eigh").fit(spectra)
             variance = np.maximum(pca.explained_variance_, LEAST_VARIANCE_RATIO * pca.explained_variance_[0])
             scale = np.sqrt(variance) if self.whiten else np.ones(self.components)
-            self.projection = (pca.components_ / scale[:, None]).astype(np.float32)
+            # safetensors writes the memory of an array as it lies, whatever its order
+            self.projection = np.ascontiguousarray(pca.components_ / scale[:, None], dtype=np.float32)
         return self
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from vision_lowrank.data.augmentation import random_symmetries
@@ -31,7 +32,7 @@ class MaskedPretraining(L.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         channels: int,
         learning_rate: float,
         weight_decay: float,
@@ -67,7 +68,7 @@ class MaskedPretraining(L.LightningModule):
         loss = float(self.trainer.callback_metrics["train/loss"])
         self.history.append({"epoch": float(self.current_epoch + 1), "train/loss": loss})
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW whose rate rises and falls once."""
         factor = warmup_cosine(int(self.trainer.estimated_stepping_batches), self.warmup)
         return adamw(self, self.learning_rate, self.weight_decay, factor)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW
@@ -13,7 +13,7 @@ from vision_lowrank.errors import ConfigError
 
 
 def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
-    """Returns the factor on the learning rate: a line from 0 to 1, then half a cosine that reaches 0 after the last step.
+    """Returns the factor on the learning rate: a line from 0 to 1, then half a cosine to 0 after the last step.
 
     Args:
         total_steps: length of training in optimiser steps.
@@ -33,12 +33,12 @@ def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
 
 def adamw(
     model: nn.Module, learning_rate: float, weight_decay: float, factor: Callable[[int], float]
-) -> dict[str, Any]:
+) -> OptimizerLRSchedulerConfig:
     """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
 
     Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
     """
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, weight_decay, spared)
+    spare = getattr(model, "no_weight_decay", tuple)
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spare())
     optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -13,6 +14,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
 from vision_lowrank.data.augmentation import random_symmetries
 from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
+
+# more than any training has, so that the seeds of two processes never meet
+STEPS = 1_000_000_007
 
 
 class SceneClassification(L.LightningModule):
@@ -59,6 +63,7 @@ class SceneClassification(L.LightningModule):
         self.cycles = cycles
         self.history: list[dict[str, float]] = []
         self.strength: CyclicalStrength | None = None
+        self.seed = torch.initial_seed()
         self._restored: dict[str, Any] | None = None
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weights = counts.clamp(min=1).pow(-balance)
@@ -107,6 +112,8 @@ class SceneClassification(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Lays out the strength's cycles over the steps of this training."""
+        # the trainer leaves modes as they are, so a frozen normalisation would start out in training mode
+        self.train()
         if self.cycles is None:
             return
         total = int(self.trainer.estimated_stepping_batches)
@@ -121,7 +128,11 @@ class SceneClassification(L.LightningModule):
         return settings
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Moves the strength of the adapters."""
+        """Moves the strength of the adapters, and ties augmentation and dropout to the step.
+
+        So a resumed run draws what the uninterrupted one drew.
+        """
+        torch.manual_seed(self.seed + self.global_step + STEPS * self.global_rank)
         if self.strength is not None:
             self.strength.step(self.model)
 
@@ -154,7 +165,7 @@ class SceneClassification(L.LightningModule):
         self.history = list(checkpoint["history"])
         self._restored = checkpoint["strength"]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW; the rate falls in one cosine, or in the adapters' cycles."""
         total = int(self.trainer.estimated_stepping_batches)
         if self.cycles is None:
