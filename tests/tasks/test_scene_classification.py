@@ -1,0 +1,121 @@
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vision_lowrank.adapters import CyclicalStrength, LoRA, inject
+from vision_lowrank.tasks.scene_classification import SceneClassification
+
+
+class Pooled(nn.Module):
+    """Logits of the mean spectrum: no symmetry of the patch changes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(x).mean((2, 3))).relu())
+
+
+def make(model, **options):
+    settings = {
+        "class_counts": [40, 10, 0],
+        "learning_rate": 0.05,
+        "weight_decay": 0.0,
+        "warmup": 0.1,
+        "label_smoothing": 0.2,
+        "balance": 0.5,
+    }
+    return SceneClassification(model, **(settings | options))
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_loss_is_smoothed_cross_entropy_with_weights_by_class_size(balance):
+    torch.manual_seed(0)
+    task = make(Pooled().eval(), balance=balance)
+    task.log = lambda *args, **kwargs: None
+    image, label = torch.randn(6, 4, 3, 3), torch.tensor([0, 0, 1, 0, 1, 0])
+    found = task.training_step({"image": image, "label": label}, 0)
+    logs = F.log_softmax(task.model(image), dim=1)
+    raw = np.array([40.0, 10.0, 1.0]) ** -balance
+    # the mean weight over the training pixels is 1
+    weights = torch.tensor(raw * 50 / (raw[:2] * [40, 10]).sum(), dtype=torch.float32)
+    share = torch.full((6, 3), 0.2 / 3)
+    share[range(6), label] += 0.8
+    expected = -(share * weights * logs).sum() / weights[label].sum()
+    torch.testing.assert_close(found, expected)
+    assert ((weights[:2] * torch.tensor([40.0, 10])).sum() / 50).item() == pytest.approx(1)
+
+
+def loader(size=64):
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(2, (size,), generator=generator)
+    image = torch.randn(size, 4, 3, 3, generator=generator) + 2 * label.view(-1, 1, 1, 1)
+    samples = [{"image": x, "label": y} for x, y in zip(image, label, strict=True)]
+    return DataLoader(samples, 16)
+
+
+def fit(task, epochs, callbacks=()):
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(task, loader(), loader())
+    return trainer
+
+
+class Watch(L.Callback):
+    """Notes strength and rate at every step and at validation."""
+
+    def __init__(self):
+        self.strengths, self.rates, self.validation = [], [], []
+
+    def on_before_optimizer_step(self, trainer, task, optimizer):
+        self.strengths.append(task.model.body.adapters["default"].strength.item())
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_validation_batch_start(self, trainer, task, batch, index, loader=0):
+        self.validation.append(task.model.body.adapters["default"].strength.item())
+
+
+def test_strength_and_rate_cycle_while_training_and_strength_is_one_at_validation():
+    torch.manual_seed(0)
+    model = Pooled()
+    inject(model, "body", LoRA(2, 2), train="head")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    watch = Watch()
+    fit(make(model, cycles={"first_cycle": 1, "growth": 2, "minimum": 0.25}), 7, [watch])
+    strength = CyclicalStrength(28, 4, 2, 0.25)
+    rate = CyclicalStrength(28, 4, 2, 0.25, warmup=3, rising=False)
+    assert watch.strengths == pytest.approx([strength(step) for step in range(28)])
+    assert watch.rates == pytest.approx([0.05 * rate(step) for step in range(28)])
+    assert watch.strengths[-1] == 1.0
+    assert set(watch.validation) == {1.0}
+    frozen = [name for name in before if name.startswith(("norm", "body.base"))]
+    assert len(frozen) == 7
+    for name in frozen:
+        assert torch.equal(model.state_dict()[name], before[name]), name
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_history_has_a_line_an_epoch_with_the_scores_of_the_final_weights():
+    torch.manual_seed(0)
+    task = make(Pooled())
+    fit(task, 5)
+    assert [row["epoch"] for row in task.history] == [1, 2, 3, 4, 5]
+    task.eval()
+    batches = list(loader())
+    logits = torch.cat([task(batch["image"]) for batch in batches])
+    label = torch.cat([batch["label"] for batch in batches])
+    last = task.history[-1]
+    assert last["val/OA"] == pytest.approx((logits.argmax(1) == label).float().mean().item())
+    assert last["val/loss"] == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-5)
+    assert last["val/OA"] > 0.9
+    assert last["train/loss"] < task.history[0]["train/loss"]
+    assert "strength" not in last
