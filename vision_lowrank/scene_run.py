@@ -101,7 +101,7 @@ def _evaluate(
 ) -> list[RunResult]:
     """Writes map, pictures and scores of a method, and of its random walk where that is asked for."""
     maps = {(folder, name): (probabilities, facts)}
-    if config.random_walk is not None:
+    if config.get("random_walk") is not None:
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
         walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), **config.random_walk)

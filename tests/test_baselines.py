@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from vision_lowrank.baselines import SpectralSVM, fit_baseline, is_baseline
+from vision_lowrank.data.modules import SceneDataModule
+
+FOREST = OmegaConf.create({"_target_": "vision_lowrank.baselines.PatchForest", "trees": 7, "seed": 3})
+
+
+@pytest.fixture(scope="module")
+def data():
+    split = {"kind": "random", "train": 10, "validation": 4}
+    module = SceneDataModule("indian_pines", "nowhere", 3, 5, False, split, 8, 8, seed=0)
+    # classes of 20 pixels and more have enough for this split
+    module.setup()
+    return module
+
+
+def test_forest_votes_on_flattened_patches(data):
+    probabilities, facts = fit_baseline(FOREST, data)
+    image = np.pad(data.scaled_image(), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    labels = data.scene.labels.reshape(-1)
+
+    def patches(pixels):
+        return np.stack([image[:, i : i + 3, j : j + 3].ravel() for i, j in zip(*divmod(pixels, 145), strict=True)])
+
+    forest = RandomForestClassifier(7, random_state=3).fit(patches(data.split.train), labels[data.split.train])
+    some = np.arange(0, labels.size, 211)
+    np.testing.assert_allclose(probabilities[some], forest.predict_proba(patches(some)), atol=1e-6)
+    assert facts == {"chosen": {"trees": 7}}
+
+
+def test_svm_takes_the_settings_that_validate_best(data):
+    svm = SpectralSVM([0.01, 100], [1e-6, 1e-3])
+    labels = data.scene.labels.reshape(-1)
+    train, held = data.split.train, data.split.validation
+    svm.fit(svm.features(data, train), labels[train], svm.features(data, held), labels[held])
+    spectra = data.scene.image.reshape(200, -1).T
+    scaler = StandardScaler().fit(spectra[train])
+    scores = {
+        (cost, gamma): SVC(C=cost, gamma=gamma)
+        .fit(scaler.transform(spectra[train]), labels[train])
+        .score(scaler.transform(spectra[held]), labels[held])
+        for cost in (0.01, 100)
+        for gamma in (1e-6, 1e-3)
+    }
+    assert scores[svm.chosen["C"], svm.chosen["gamma"]] == max(scores.values())
+    assert max(scores.values()) > min(scores.values())
+    best = SVC(**svm.chosen).fit(scaler.transform(spectra[train]), labels[train])
+    found = svm.probabilities(svm.features(data, data.split.test))
+    assert np.array_equal(found.argmax(1), best.predict(scaler.transform(spectra[data.split.test])))
+    assert set(np.unique(found)) == {0, 1}
+
+
+def test_what_is_a_baseline():
+    assert is_baseline(FOREST)
+    assert not is_baseline(OmegaConf.create({"_target_": "vision_lowrank.models.lola_specvit_tiny"}))
