@@ -23,17 +23,15 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.reporting import save_training_curves
 from vision_lowrank.runs import process_rank, write_csv
 from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
-from vision_lowrank.tasks.scene_classification import SceneClassification
+from vision_lowrank.tasks.scene_classification import CHOICE, SceneClassification
 
 logger = logging.getLogger(__name__)
-
-MONITOR = "val/loss"
 
 
 def fit_network(
     config: DictConfig, data: SceneDataModule, folder: Path, checkpoint: Mapping[str, Any] | None, precision: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Trains, keeps the weights of the best validation loss and applies them to the whole scene.
+    """Trains, keeps the weights of the best epoch on the validation pixels and applies them to the whole scene.
 
     Writes `model/` (weights and settings), `adapter/` with adapters, `history.csv`, `curves.png` and `checkpoints/`.
 
@@ -67,12 +65,13 @@ def fit_network(
     task = _make_task(config, data, model)
     # at the end of the whole epoch, so that the history in the file holds it
     best = ModelCheckpoint(
-        *(folder / "checkpoints", "best", MONITOR),
+        *(folder / "checkpoints", "best", CHOICE),
+        mode="max",
         save_last=True,
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    trainer = _make_trainer(config, precision, [best, EarlyStopping(MONITOR, patience=config.patience)])
+    trainer = _make_trainer(config, precision, [best, EarlyStopping(CHOICE, patience=config.patience, mode="max")])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
@@ -81,7 +80,7 @@ def fit_network(
         return np.empty(0), {}
     facts["training_seconds"] = time.perf_counter() - started
     task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
-    kept = min(task.history, key=lambda row: row[MONITOR])
+    kept = max(task.history, key=lambda row: row[CHOICE])
     facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"]}
     count = count_parameters(model)
     facts["parameters"] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
 from vision_lowrank.runs import atomic_path, process_rank
@@ -53,7 +54,7 @@ def _report(results: list[RunResult], config: DictConfig, folder: Path) -> None:
     """Prints the table and writes it as `table.md` into `folder`."""
     reference = next((result.method for result in results if result.method in (config.baselines or ())), None)
     seeds = sorted({result.seed for result in results})
-    title = f"{config.data.card}, {config.data.split.kind} split, test pixels, seed {', '.join(map(str, seeds))}"
+    title = f"{load_card(config.data.card).title}, {config.data.split.kind} split, test pixels, seed {', '.join(map(str, seeds))}"
     Console().print(console_table(results, title, reference))
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(f"{title}\n\n{markdown_table(results, reference)}", encoding="utf-8")
