@@ -54,8 +54,10 @@ def _report(results: list[RunResult], config: DictConfig, folder: Path) -> None:
     """Prints the table and writes it as `table.md` into `folder`."""
     reference = next((result.method for result in results if result.method in (config.baselines or ())), None)
     seeds = sorted({result.seed for result in results})
-    title = f"{load_card(config.data.card).title}, {config.data.split.kind} split, test pixels, seed {', '.join(map(str, seeds))}"
-    Console().print(console_table(results, title, reference))
+    scene, kind = load_card(config.data.card).title, config.data.split.kind
+    title = f"{scene}, {kind} split, test pixels, seed {', '.join(map(str, seeds))}"
+    # wider than a narrow terminal rather than numbers broken into lines
+    Console(width=max(Console().width, 110)).print(console_table(results, title, reference))
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(f"{title}\n\n{markdown_table(results, reference)}", encoding="utf-8")
     logger.info("written to %s", folder)

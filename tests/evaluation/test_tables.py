@@ -62,12 +62,12 @@ def test_tables_show_percent_leakage_and_difference():
     results = [run("LoLA", 0, 90), run("LoLA", 1, 92), run("SVM", 0, 80), run("SVM", 1, 81)]
     text = markdown_table(results, reference="SVM")
     lines = text.splitlines()
-    assert lines[0] == "| method | runs | OA | AA | kappa | leakage | OA minus SVM [95 %] |"
+    assert lines[0] == "| method | runs | OA | AA | kappa | leakage | OA - SVM [95 %] |"
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[:3] == ["LoLA", "2", "91.00 ± 1.41"]
     assert cells[5] == "25.0 ± 0.0"
     low, high = stats.t.interval(0.95, 1, loc=10.5, scale=stats.sem([10, 11]))
-    assert cells[6] == f"+10.50 [{low:+.2f}, {high:+.2f}]"
+    assert cells[6] == f"+10.50 [{low:+.1f}, {high:+.1f}]"
     assert lines[3].endswith("|  |")
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(console_table(results, "Indian Pines", reference="SVM"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.table import Table
 from scipy import stats
 
@@ -142,9 +143,9 @@ def console_table(results: Sequence[RunResult], title: str, reference: str | Non
         reference: method that the others are compared with; adds a column with the paired difference in OA.
     """
     header, rows = _cells(results, reference)
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE, padding=0, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:
         table.add_row(*row)
     return table
@@ -160,7 +161,7 @@ def markdown_table(results: Sequence[RunResult], reference: str | None = None) -
 def _cells(results: Sequence[RunResult], reference: str | None) -> tuple[list[str], list[list[str]]]:
     header = ["method", "runs", *METRICS.values(), "leakage"]
     if reference is not None:
-        header.append(f"OA minus {reference} [95 %]")
+        header.append(f"OA - {reference} [95 %]")
     rows = []
     for method in dict.fromkeys(result.method for result in results):
         runs = [result for result in results if result.method == method]
@@ -193,4 +194,4 @@ def _difference(difference: PairedDifference) -> str:
     if difference.interval is None:
         return text
     low, high = difference.interval
-    return f"{text} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    return f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
