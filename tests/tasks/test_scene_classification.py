@@ -119,3 +119,30 @@ def test_history_has_a_line_an_epoch_with_the_scores_of_the_final_weights():
     assert last["val/OA"] > 0.9
     assert last["train/loss"] < task.history[0]["train/loss"]
     assert "strength" not in last
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "kept"),
+    [
+        # of 64 pixels: one standard error at 1.0 is 0.015, one pixel 0.016; at 0.9 it is 0.038
+        ([0.5, 1.0, 63 / 64, 0.9], 2),
+        ([0.5, 0.90, 0.87, 0.85], 3),
+        ([0.9, 0.9, 0.9, 0.9], 4),
+        ([0.9, 0.2, 0.3, 0.4], 1),
+    ],
+)
+def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(accuracies, kept):
+    task = make(Pooled())
+    logged = {}
+    task.log = lambda name, value, **kwargs: logged.__setitem__(name, value)
+    task.log_dict = lambda *args, **kwargs: None
+    choices = []
+    for epoch, accuracy in enumerate(accuracies):
+        task.validation_pixels = 64
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(task.validation_scores), "compute", lambda self, a=accuracy: {"val/OA": a})
+            patch.setattr(SceneClassification, "current_epoch", epoch)
+            task.on_validation_epoch_end()
+        task.history.append({"val/OA": accuracy})
+        choices.append(logged["val/choice"])
+    assert choices.index(max(choices)) + 1 == kept
