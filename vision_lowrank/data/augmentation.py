@@ -1,6 +1,4 @@
-"""The eight symmetries of a square, to vary patches while training and to average predictions over."""
-
-from collections.abc import Iterator
+"""What varies patches while training: the eight symmetries of a square, and mixtures of two patches."""
 
 import torch
 from torch import Tensor
@@ -27,6 +25,20 @@ def random_symmetries(x: Tensor) -> Tensor:
     return y
 
 
-def all_symmetries(x: Tensor) -> Iterator[Tensor]:
-    """Yields `x` (..., side, side) under each of the symmetries."""
-    return (apply_symmetry(x, index) for index in range(SYMMETRIES))
+def mixup(x: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
+    """Mixes each sample with another one of the batch (Zhang et al. 2018, arXiv 1710.09412).
+
+    Args:
+        x: (batch, ...).
+        alpha: parameter of the symmetric beta distribution that the share is drawn from; 0 mixes nothing.
+
+    Returns:
+        `share * x + (1 - share) * x[partner]`, the partner's index of each sample (batch,), and the share, which is at
+        least one half.
+    """
+    if alpha == 0:
+        return x, torch.arange(len(x), device=x.device), 1.0
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    share = max(share, 1 - share)
+    partner = torch.randperm(len(x), device=x.device)
+    return share * x + (1 - share) * x[partner], partner, share

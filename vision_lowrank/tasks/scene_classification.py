@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
-from vision_lowrank.data.augmentation import random_symmetries
+from vision_lowrank.data.augmentation import mixup, random_symmetries
 from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
 
 # more than any training has, so that the seeds of two processes never meet
@@ -44,6 +44,7 @@ class SceneClassification(L.LightningModule):
         label_smoothing: share of the target spread over all classes.
         balance: exponent b of the weight of a class in the loss, its training pixels to the power -b: 0 weighs pixels
             alike, 1 weighs classes alike.
+        mixup: alpha of `data.augmentation.mixup`; training accuracies then compare with the larger share's class.
         cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters.
 
     Attributes:
@@ -61,6 +62,7 @@ class SceneClassification(L.LightningModule):
         warmup: float,
         label_smoothing: float,
         balance: float,
+        mixup: float,
         cycles: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class SceneClassification(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.label_smoothing = label_smoothing
+        self.mixup = mixup
         self.cycles = cycles
         self.history: list[dict[str, float]] = []
         self.validation_pixels = 0
@@ -102,12 +105,16 @@ class SceneClassification(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Returns the loss of a batch {"image": (batch, channels, side, side), "label": (batch,)}."""
-        image = random_symmetries(batch["image"])
+        label = batch["label"]
+        image, partner, share = mixup(random_symmetries(batch["image"]), self.mixup)
         logits = self(image)
-        loss = F.cross_entropy(logits, batch["label"], self.class_weights, label_smoothing=self.label_smoothing)
-        self.training_scores.update(logits, batch["label"])
+        loss = share * self._loss(logits, label) + (1 - share) * self._loss(logits, label[partner])
+        self.training_scores.update(logits, label)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
         return loss
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, self.class_weights, label_smoothing=self.label_smoothing)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Collects loss and scores of the validation pixels."""
