@@ -12,6 +12,7 @@ _KNOWN = (
     ".*does not have many workers.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
 )
 

@@ -101,6 +101,12 @@ class SceneDataModule(L.LightningDataModule):
             ", ".join(f"{indices.size} {name}" for name, indices in self.split.subsets().items()),
             100 * self.split.leakage(self.patch_size),
         )
+        if absent := self.split.parameters.get("absent_classes"):
+            logger.info(
+                "left out of test and validation, for want of training pixels: %s (%d pixels)",
+                ", ".join(self.card.classes[index].name for index in absent),
+                self.split.parameters["dropped_pixels"],
+            )
         rows, columns = np.divmod(self.split.train, self.split.shape[1])
         self.preprocessor.fit(self.scene.image[:, rows, columns].T)
         cube, inside = allocate_cube(self.num_channels, *self.split.shape, self.patch_size)
