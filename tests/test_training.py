@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 from vision_lowrank.adapters import load_adapter
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.splits import Split
-from vision_lowrank.errors import CheckpointError, VisionLowRankError
+from vision_lowrank.errors import CheckpointError, ConfigError, VisionLowRankError
 from vision_lowrank.evaluation.tables import read_result
 from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models import LolaSpecViT
@@ -153,7 +153,7 @@ def test_several_seeds_give_one_table(configure, capsys):
 
 def test_baselines_see_training_pixels_only_and_share_the_split(configure, scene, tmp_path):
     svm, forest, network = train(configure("baselines.random_forest.trees=20", baselines=True))
-    assert [svm.method, forest.method, network.method] == ["svm", "random_forest", "lola_specvit_tiny full"]
+    assert [svm.method, forest.method, network.method] == ["svm", "random_forest", "lola_specvit_small full"]
     assert svm.split == forest.split == network.split
     image, labels = np.load(scene.parent / "image.npy"), np.load(scene.parent / "labels.npy").reshape(-1)
     config = configure()
@@ -206,6 +206,16 @@ def test_adapters_train_on_a_frozen_base(configure):
     assert torch.equal(load_file(run_folder(again) / "model" / "model.safetensors")["pos_embed"], base["pos_embed"])
 
 
+def test_a_base_that_learned_test_labels_is_refused(configure):
+    config = configure("trainer.max_epochs=1")
+    train(config)
+    base = f"base={run_folder(config) / 'model'}"
+    with pytest.raises(ConfigError, match=r"trained on the labels of \d+ pixels that are test pixels here"):
+        train(configure("regime=adapt", base, "seed=1"))
+    (result,) = train(configure("regime=adapt", base, "trainer.max_epochs=1"))
+    assert not result.facts["transductive"]
+
+
 def weights(folder):
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
@@ -215,7 +225,8 @@ def test_resumed_training_ends_where_the_uninterrupted_one_does(configure, regim
     options = [f"regime={regime}", "pretraining.epochs=1", "trainer.max_epochs=4", "adapter.cycles.first_cycle=1"]
     whole = configure(*options)
     train(whole)
-    expected = weights(run_folder(whole))
+    whole_folder = run_folder(whole)
+    expected = weights(whole_folder)
 
     class Stop(Exception):
         pass
@@ -239,6 +250,8 @@ def test_resumed_training_ends_where_the_uninterrupted_one_does(configure, regim
     assert resumed.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
     assert result.facts["epochs"] == 4
+    models = [load_file(path / "model" / "model.safetensors") for path in (folder, whole_folder)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
     assert len((folder / "history.csv").read_text().splitlines()) == 5
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from vision_lowrank.adapters import count_parameters, inject, save_adapter
 from vision_lowrank.data.modules import SceneDataModule
+from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
@@ -50,13 +51,17 @@ def fit_network(
     """
     facts: dict[str, Any] = {"transductive": False}
     if config.regime == "adapt":
-        model = _load_base(config, data)
-        if model is None:
-            # a resumed run has its base in the checkpoint
-            model = _build(config, data) if checkpoint is not None else _pretrain(config, data, folder, precision)
-            facts["transductive"] = True
-        model.reset_classifier(data.num_classes)
-        _save_model(model, folder / "model")
+        if checkpoint is not None:
+            model = _load_base(config, data, folder / "model")
+        elif config.base is not None:
+            _check_base(data, Path(config.base))
+            model = _load_base(config, data, Path(config.base))
+        else:
+            model = _pretrain(config, data, folder, precision)
+        if checkpoint is None:
+            model.reset_classifier(data.num_classes)
+            _save_model(model, folder / "model")
+        facts["transductive"] = config.base is None or (Path(config.base).parent / "pretraining.csv").exists()
         inject(
             model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train)
         )
@@ -129,22 +134,34 @@ def _build(config: DictConfig, data: SceneDataModule) -> Any:
     return model
 
 
-def _load_base(config: DictConfig, data: SceneDataModule) -> Any:
-    """Returns the base that the configuration names, None where it names none."""
-    if config.base is None:
-        return None
+def _check_base(data: SceneDataModule, folder: Path) -> None:
+    """Refuses a base that learned the labels of present test pixels, as far as its run folder tells."""
+    split_file = folder.parent / "split.npz"
+    if not split_file.exists() or (folder.parent / "pretraining.csv").exists():
+        return
+    trained = Split.load(split_file)
+    shared = np.intersect1d(trained.train, data.split.test) if trained.shape == data.split.shape else np.empty(0)
+    if shared.size:
+        raise ConfigError(
+            f"base {folder}: trained on the labels of {shared.size} pixels that are test pixels here; take a base of "
+            "another scene, of the same split, or one pretrained without labels"
+        )
+
+
+def _load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
+    """Returns the base in `folder` after comparing it with the configuration."""
     model = _build(config, data)
     kind = type(model)
-    if not (Path(config.base) / "config.json").is_file():
-        raise CheckpointError(f"base {config.base}: no config.json there; give the `model` folder of a run")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"base {folder}: no config.json there; give the `model` folder of a run")
     try:
-        base = kind.from_pretrained(config.base, local_files_only=True)
+        base = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"base {config.base}: cannot be loaded as {kind.__name__} ({error})") from error
+        raise CheckpointError(f"base {folder}: cannot be loaded as {kind.__name__} ({error})") from error
     for setting in ("in_chans", "img_size"):
         found, needed = getattr(base, setting), getattr(model, setting)
         if found != needed:
-            raise ConfigError(f"base {config.base}: {setting} is {found}, the data has {needed}; set data to match")
+            raise ConfigError(f"base {folder}: {setting} is {found}, the data has {needed}; set data to match")
     return base
 
 
