@@ -76,7 +76,9 @@ def fit_network(
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    trainer = _make_trainer(config, precision, [best, EarlyStopping(CHOICE, patience=config.patience, mode="max")])
+    # while a cycle begins anew validation at full strength says little, for longer than any patience
+    patience = config.patience if config.regime == "full" else config.trainer.max_epochs
+    trainer = _make_trainer(config, precision, [best, EarlyStopping(CHOICE, patience=patience, mode="max")])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
