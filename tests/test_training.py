@@ -329,7 +329,6 @@ def test_every_experiment_composes_with_every_split(repository, experiment, spli
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="training over two processes ends before its first epoch: not mended yet")
 def test_two_processes_classify_as_well_as_one(scene, tmp_path, repository):
     options = [
         "experiment=own_scene", f"data.card={scene}", f"data.root={scene.parent}", f"runs_root={tmp_path}",

@@ -21,6 +21,10 @@ class ConfigError(VisionLowRankError):
     """An option is misspelt, out of range or contradicts another."""
 
 
+class TrainingError(VisionLowRankError):
+    """Training went astray: its loss is no longer a number."""
+
+
 class AdapterError(VisionLowRankError):
     """An adapter cannot be injected, merged, saved or loaded as asked."""
 

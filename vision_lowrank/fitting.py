@@ -173,7 +173,7 @@ def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision
     model = _build(config, data)
     task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
     trainer = _make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
-    trainer.fit(task, data.pretrain_dataloader())
+    trainer.fit(task, data.pretrain_dataloader(trainer.world_size))
     if trainer.interrupted:
         raise KeyboardInterrupt
     write_csv(folder / "pretraining.csv", task.history)

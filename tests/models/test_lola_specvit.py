@@ -128,6 +128,27 @@ def test_any_bands_patch_and_classes(size, channels, patch, classes):
         model(torch.zeros(1, channels, patch + 1, patch))
 
 
+@pytest.mark.parametrize("components", [1, 2, 4, 6])
+@pytest.mark.parametrize("patch", [1, 5, 9])
+def test_gradients_of_kernels_in_bfloat16_are_those_of_float32(components, patch):
+    # PyTorch's processor kernels have returned garbage for kernels longer than the axis that they run along
+    torch.manual_seed(0)
+    model = timm.create_model("lola_specvit_small", in_chans=components, num_classes=3, img_size=patch).eval()
+    x, label = torch.randn(32, components, patch, patch), torch.randint(3, (32,))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(x)
+        loss = nn.functional.cross_entropy(logits.float(), label)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    kernels = 0
+    for (name, parameter), exact, rounded in zip(model.named_parameters(), *gradients, strict=True):
+        if parameter.ndim > 3 and name != "pos_embed":
+            kernels += 1
+            assert (rounded - exact).norm() <= 0.1 * exact.norm() + 1e-5, name
+    assert kernels == 3 + 1 + 1
+
+
 def test_parameter_counts_of_the_sizes():
     def count(size):
         with torch.device("meta"):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from vision_lowrank.adapters import CyclicalStrength, LoRA, inject
 from vision_lowrank.data.augmentation import mixup, random_symmetries
+from vision_lowrank.errors import TrainingError
 from vision_lowrank.tasks.scene_classification import SceneClassification
 
 
@@ -136,6 +137,14 @@ def test_history_has_a_line_an_epoch_with_the_scores_of_the_final_weights():
     assert "strength" not in last
 
 
+def test_a_loss_that_is_no_number_ends_the_training():
+    torch.manual_seed(0)
+    model = Pooled()
+    model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match=r"epoch 1: the training loss is nan; lower"):
+        fit(make(model), 5)
+
+
 @pytest.mark.parametrize(
     ("accuracies", "kept"),
     [
@@ -148,6 +157,7 @@ def test_history_has_a_line_an_epoch_with_the_scores_of_the_final_weights():
 )
 def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(accuracies, kept):
     task = make(Pooled())
+    task.trainer = L.Trainer(logger=False, barebones=True)
     logged = {}
     task.log = lambda name, value, **kwargs: logged.__setitem__(name, value)
     task.log_dict = lambda *args, **kwargs: None

@@ -38,7 +38,7 @@ class SceneDataModule(L.LightningDataModule):
             {"kind": "random", "train": 0.09, "validation": 0.01}. `guard` of blocks defaults to patch_size - 1, `seed`
             to the module's. from_file takes `published`, a name in the card's `splits`, or `train_file` and perhaps
             `test_file`, paths in the data folder.
-        batch_size: of training.
+        batch_size: of a training step, over all processes together.
         evaluation_batch_size: of validation, test and prediction.
         seed: of split and order of training samples.
         num_workers: loader processes; patches are cheap, 0 is fastest on most machines.
@@ -131,14 +131,14 @@ class SceneDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Returns the training pixels in an order that seed and epoch tell."""
-        return self._shuffled(self.split.train)
+        return self._shuffled(self.split.train, 1 if self.trainer is None else self.trainer.world_size)
 
-    def pretrain_dataloader(self) -> Loader:
+    def pretrain_dataloader(self, processes: int = 1) -> Loader:
         """Returns every pixel that has values, test pixels included, in an order that seed and epoch tell.
 
-        For training without labels; it makes what is trained transductive.
+        For training without labels, by so many processes; it makes what is trained transductive.
         """
-        return self._shuffled(np.flatnonzero(self.scene.valid))
+        return self._shuffled(np.flatnonzero(self.scene.valid), processes)
 
     def val_dataloader(self) -> Loader:
         """Returns the validation pixels."""
@@ -152,10 +152,12 @@ class SceneDataModule(L.LightningDataModule):
         """Returns every pixel of the scene, row by row; unlabelled ones with label 255."""
         return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
 
-    def _shuffled(self, indices: np.ndarray) -> Loader:
+    def _shuffled(self, indices: np.ndarray, processes: int) -> Loader:
+        # a step sees batch_size samples on however many processes, so that a recipe holds on all machines
+        batch_size = max(1, self.batch_size // processes)
         # a last batch of one sample has no batch statistics
-        whole = len(indices) > self.batch_size
-        return self._loader(indices, self.batch_size, sampler=EpochShuffle(len(indices), self.seed), drop_last=whole)
+        whole = len(indices) > batch_size * processes
+        return self._loader(indices, batch_size, sampler=EpochShuffle(len(indices), self.seed), drop_last=whole)
 
     def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
         dataset = PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)

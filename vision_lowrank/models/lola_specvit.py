@@ -58,12 +58,15 @@ class Downsample(nn.Module):
 
     Args:
         dim: width before.
+        map_size: side of the map before.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, map_size: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1)
+        # a single position has no neighbours, and PyTorch 2.14 trains a padded kernel on it wrongly (see SpectralStem)
+        kernel = 3 if map_size > 1 else 1
+        self.reduction = nn.Conv2d(dim, 2 * dim, kernel, stride=2, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, map, map, dim) to (batch, ceil(map / 2), ceil(map / 2), 2 dim)."""
@@ -122,7 +125,7 @@ class LolaSpecViT(
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             parts: list[nn.Module] = []
             if stage:
-                parts.append(Downsample(dim))
+                parts.append(Downsample(dim, size))
                 dim, size = 2 * dim, -(-size // 2)
             parts += [Block(dim, heads, window_size, size, mlp_ratio, next(rates)) for _ in range(depth)]
             self.stages.append(nn.Sequential(*parts))

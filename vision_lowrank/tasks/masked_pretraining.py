@@ -60,7 +60,7 @@ class MaskedPretraining(L.LightningModule):
         # each position of the map speaks for the pixels around its centre
         predicted = F.interpolate(self.decoder(features.float()).permute(0, 3, 1, 2), image.shape[-2:], mode="bilinear")
         loss = (((predicted - image) / scale).square() * hidden).sum() / hidden.sum()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
 from vision_lowrank.data.augmentation import mixup, random_symmetries
+from vision_lowrank.errors import TrainingError
 from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
 
 # more than any training has, so that the seeds of two processes never meet
@@ -110,7 +111,7 @@ class SceneClassification(L.LightningModule):
         logits = self(image)
         loss = share * self._loss(logits, label) + (1 - share) * self._loss(logits, label[partner])
         self.training_scores.update(logits, label)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
         return loss
 
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
@@ -169,15 +170,24 @@ class SceneClassification(L.LightningModule):
         self.log_dict(self.validation_scores, prog_bar=True)
         accuracy = float(self.validation_scores.compute()["val/OA"])
         best = max([accuracy, *(row["val/OA"] for row in self.history)])
-        good = accuracy >= best - standard_error(best, self.validation_pixels)
-        self.log(CHOICE, float(self.current_epoch + 1) if good else 0.0)
+        good = accuracy >= best - standard_error(best, self.validation_pixels * self.trainer.world_size)
+        self.log(CHOICE, float(self.current_epoch + 1) if good else 0.0, sync_dist=True)
         self.validation_pixels = 0
 
     def on_train_epoch_end(self) -> None:
-        """Adds a line to the history."""
+        """Adds a line to the history.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
         metrics = {**self.trainer.callback_metrics, **self.training_scores.compute()}
         self.training_scores.reset()
         row = {"epoch": float(self.current_epoch + 1), **{name: float(value) for name, value in metrics.items()}}
+        if not math.isfinite(row["train/loss"]):
+            raise TrainingError(
+                f"epoch {self.current_epoch + 1}: the training loss is {row['train/loss']}; "
+                "lower task.learning_rate, or train with trainer.precision=32-true"
+            )
         row["learning rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self.strength is not None:
             row["strength"] = self.strength(self.strength.step_count - 1)

@@ -16,13 +16,14 @@ class SpectralStem(nn.Module):
     1 x 1 convolution with a weight for each (component, feature) pair.
 
     Convolutions are valid in space as long as the map stays at least `smallest_map` wide, and padded by one position
-    after that, so patches of any size go through; along the components they are padded to keep their number.
+    after that, so patches of any size go through; along the components they are padded to keep their number, and no
+    longer than the components are.
 
     Args:
         num_components: spectral components or bands of the input.
         patch_size: side of the input in pixels.
         channels: output channels of each 3D convolution.
-        depths: kernel length of each 3D convolution along the components, odd.
+        depths: kernel length of each 3D convolution along the components, odd; clipped to their number.
         dim: width of the output.
         smallest_map: side below which valid convolutions stop.
 
@@ -50,6 +51,8 @@ class SpectralStem(nn.Module):
         for before, after, depth in zip([1, *channels], channels, depths, strict=False):
             margin = 0 if self.map_size - 2 >= smallest_map else 1
             self.map_size -= 2 - 2 * margin
+            # PyTorch 2.14 computes wrong bf16 weight gradients on CPUs where a padded kernel exceeds the first axis
+            depth = min(depth, num_components - 1 + num_components % 2)
             padding = (depth // 2, margin, margin)
             # the normalisation has a shift of its own
             layers += [nn.Conv3d(before, after, (depth, 3, 3), padding=padding, bias=False), nn.BatchNorm3d(after)]
