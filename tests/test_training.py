@@ -302,10 +302,12 @@ def test_a_checkpoint_of_another_split_is_refused(configure):
         (["regime=adapt", "base=nowhere"], "no config.json"),
         (["adapter.targets=[attn.kqv]", "regime=adapt", "pretraining.epochs=1"], r"'attn\.kqv' matches no layer"),
         (["seeds=[1,2]", "trainer.devices=2"], "one device"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator=tpu: PyTorch sees none"),
         (["+random_walk={sharpness: -1, prior: 0, smoothing: 1}"], "sharpness=-1"),
     ],
 )
-def test_wrong_options(configure, overrides, message):
+def test_wrong_options(configure, overrides, message, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(VisionLowRankError, match=message):
         train(configure(*overrides))
 

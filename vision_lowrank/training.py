@@ -4,6 +4,7 @@ import logging
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -40,6 +41,8 @@ def train(config: DictConfig) -> list[RunResult]:
     seeds = [config.seed] if config.seeds is None else list(config.seeds)
     if len(seeds) > 1 and (config.ckpt_path is not None or config.trainer.devices != 1):
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
+    if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():
+        raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: PyTorch sees none here; use trainer=cpu")
     results: list[RunResult] = []
     for seed in seeds:
         one = DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None}))
