@@ -12,7 +12,7 @@ from vision_lowrank.adapters.control import (
 )
 from vision_lowrank.adapters.files import load_adapter, save_adapter
 from vision_lowrank.adapters.injection import freeze_statistics, inject, merge_and_remove, remove
-from vision_lowrank.adapters.layers import AdaptedLayer
+from vision_lowrank.adapters.layers import AdaptedLayer, folded_weight
 from vision_lowrank.adapters.methods import GatedLoRA, LoRA
 from vision_lowrank.adapters.schedule import CyclicalStrength
 
@@ -25,6 +25,7 @@ __all__ = [
     "adapter_parameters",
     "count_parameters",
     "disabled",
+    "folded_weight",
     "freeze_statistics",
     "full_strength",
     "inject",

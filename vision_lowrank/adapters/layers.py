@@ -187,6 +187,27 @@ class AdaptedLayer(nn.Module):
             )
 
 
+def folded_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Returns weight and bias of a layer with its adapters in them, differentiable, for code that rearranges products.
+
+    Args:
+        layer: a linear layer, adapted or not.
+
+    Returns:
+        None where the layer is no product with one weight: an adapter has a gate, or drops inputs while training.
+    """
+    if not isinstance(layer, AdaptedLayer):
+        return cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+    weight = layer.base.weight
+    if layer.active and not layer.merged:
+        for adapter in layer.by_name.values():
+            dropping = layer.training and isinstance(getattr(adapter, "dropout", None), nn.Dropout)
+            if dropping or not adapter.mergeable:
+                return None
+            weight = weight + adapter.delta_weight().to(weight.dtype)
+    return weight, layer.base.bias
+
+
 def _low_rank_factors(base: BaseLayer, rank: int) -> tuple[Factor, Factor]:
     """Makes A, spread as `nn.Linear` starts, and B, zero."""
     out, *rest = base.weight.shape

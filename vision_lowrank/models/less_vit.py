@@ -1,0 +1,530 @@
+"""LESS ViT: a transformer over channels and positions for images of any sensor (arXiv 2503.12843 and its successor).
+
+    image (B, C, H, W), wavelengths (B, C) -> patches (B, C, N, p p) -> tokens (B, C, N, D), each channel by itself
+    -> class tokens (B, 1 + C, 1 + N, D) + where each lies -> blocks -> LayerNorm -> logits (B, K) of the corner token
+
+`B` batch, `C` channels (optical, then radar), `H W` height and width in pixels, `p` patch side, `N` patches, `D` width,
+`K` classes. Row 0 of the tokens has a token a position that belongs to no channel, column 0 a token a channel that
+belongs to no position, and the corner is the image's token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vision_lowrank.data.bands import SHORTEST_NANOMETRES, check_wavelengths
+from vision_lowrank.errors import ConfigError, DataError
+from vision_lowrank.models.layers.embeddings import (
+    Coordinates,
+    field_mask,
+    grid_coordinates,
+    position_wavelength_embedding,
+    spatial_rotation,
+    spectral_rotation,
+)
+from vision_lowrank.models.layers.joint_attention import JointAttention
+from vision_lowrank.models.layers.kronecker_attention import Context, LessAttention
+
+Wavelengths = Tensor | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """An image cut up for the model.
+
+    Attributes:
+        pixels: (B, C, N, p p), row by row.
+        coordinates: of the patches.
+        optical: number of optical channels; the others, after them, are radar.
+        rows: patches along the height.
+        columns: patches along the width.
+    """
+
+    pixels: Tensor
+    coordinates: Coordinates
+    optical: int
+    rows: int
+    columns: int
+
+
+class Block(nn.Module):
+    """Pre-norm attention over the grid and a feed-forward with GELU, each scaled and added.
+
+    Args:
+        dim: width.
+        attention: maps (B, C, N, D) and a context to (B, C, N, D).
+        mlp_ratio: hidden width of the feed-forward relative to `dim`.
+        drop_rate: dropout after attention and feed-forward.
+        drop_path: probability of dropping a residual branch while training.
+        init_values: start of the scales.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        init_values: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attention
+        self.drop = nn.Dropout(drop_rate)
+        self.ls1 = LayerScale(dim, init_values)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop_rate)
+        self.ls2 = LayerScale(dim, init_values)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Maps (B, C, N, D) to the same shape."""
+        x = x + self.drop_path(self.ls1(self.drop(self.attn(self.norm1(x), context))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class LessViT(
+    nn.Module, PyTorchModelHubMixin, library_name="vision-lowrank", license="apache-2.0", tags=["remote-sensing"]
+):
+    """LESS ViT for images with any channels, height, width and pixel size.
+
+    Args:
+        num_classes: number of logits; 0 for features.
+        patch_size: side of a patch in pixels.
+        embed_dim: width D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        channel_dim_per_head: the channels' share of a head's width.
+        rank: Kronecker products in each attention.
+        shared_values: True: one value projection for all ranks, whose products are summed (the paper's definition);
+            False: one each, averaged (the successor's).
+        attention: less, or full or additive for ablations.
+        embedding: sincos adds the continuous positional-channel embedding; rope turns queries and keys instead.
+        position_unit: metres: places in metres. patches: in patches times pixel size, as in the authors' code.
+        wavelength_range: nanometres that the rotation spans.
+        field_radius: in metres, how far positions see each other; None for everywhere.
+        global_pool: token: the image's token; avg: mean of the patches' tokens.
+        radar: whether the model has a patch embedding for radar channels.
+        mlp_ratio: hidden width of the feed-forward relative to the width.
+        qkv_bias: biases in the projections of queries, keys and values.
+        drop_rate: dropout after attention and feed-forward.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: probability of dropping a residual branch.
+        init_values: start of the residual branches' scales.
+
+    Raises:
+        ConfigError: settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 0,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        channel_dim_per_head: int = 4,
+        rank: int = 1,
+        shared_values: bool = False,
+        attention: Literal["less", "full", "additive"] = "less",
+        embedding: Literal["sincos", "rope"] = "sincos",
+        position_unit: Literal["metres", "patches"] = "metres",
+        wavelength_range: Sequence[float] = (400.0, 2500.0),
+        field_radius: float | None = None,
+        global_pool: Literal["token", "avg"] = "token",
+        radar: bool = True,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        init_values: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, given, known in (
+            ("attention", attention, ("less", "full", "additive")),
+            ("embedding", embedding, ("sincos", "rope")),
+            ("position_unit", position_unit, ("metres", "patches")),
+            ("global_pool", global_pool, ("token", "avg")),
+        ):
+            if given not in known:
+                raise ConfigError(f"{name} is {given!r}; it can be {' or '.join(known)}")
+        self.patch_size = patch_size
+        self.num_features = embed_dim
+        self.rank = rank
+        self.shared_values = shared_values
+        self.qkv_bias = qkv_bias
+        self.attention = attention
+        self.embedding = embedding
+        self.position_unit = position_unit
+        self.wavelength_range = (float(wavelength_range[0]), float(wavelength_range[1]))
+        self.field_radius = field_radius
+        self.global_pool = global_pool
+        self.grad_checkpointing = False
+        self.turned = turned_widths(attention, embed_dim, num_heads, channel_dim_per_head)
+        if embedding == "rope" and (self.turned[0] % 2 or self.turned[1] % 4):
+            raise ConfigError(
+                f"embedding=rope needs an even width for channels and a multiple of 4 for positions in each head, here "
+                f"{self.turned[0]} and {self.turned[1]}: change channel_dim_per_head"
+            )
+        modalities = ("optical", "radar") if radar else ("optical",)
+        self.patch_embed = nn.ModuleDict({name: _patch_embedding(patch_size, embed_dim) for name in modalities})
+        self.cls_token, self.channel_cls_token, self.spatial_cls_token = (
+            nn.Parameter(torch.empty(embed_dim).normal_(std=0.02)) for _ in range(3)
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                make_attention(
+                    *(attention, embed_dim, num_heads, channel_dim_per_head, rank, shared_values, qkv_bias),
+                    attn_drop_rate,
+                ),
+                *(mlp_ratio, drop_rate, drop_path_rate * index / max(1, depth - 1), init_values),
+            )
+            for index in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head: nn.Module
+        self.apply(initialise)
+        self.reset_classifier(num_classes)
+
+    def patches(
+        self,
+        image: Tensor | None,
+        wavelengths: Wavelengths | None,
+        gsd: Tensor | float,
+        radar: Tensor | None = None,
+        radar_wavelengths: Wavelengths | None = None,
+        present: Tensor | None = None,
+    ) -> Patches:
+        """Checks a batch and cuts it up; sides that `patch_size` does not divide are continued by their last pixels.
+
+        Args:
+            image: optical channels (B, C, H, W), floating; another precision than the model's is converted.
+            wavelengths: their centres in nanometres, (C,) or (B, C).
+            gsd: pixel size in metres, one for all or (B,).
+            radar: radar channels (B, C', H, W).
+            radar_wavelengths: what tells radar channels apart, (C',) or (B, C'); LESS ViT has 5500 for VV, 5700 for VH.
+            present: bool (B, C + C'), False for channels that only pad the batch.
+
+        Raises:
+            DataError: wavelengths or pixel size are missing, of another length, or cannot be nanometres or metres.
+            ConfigError: there is no image, or the model does not read radar.
+        """
+        parts = [
+            (name, part, self._wavelengths(name, part, values))
+            for name, part, values in (("image", image, wavelengths), ("radar", radar, radar_wavelengths))
+            if part is not None
+        ]
+        if not parts:
+            raise ConfigError("neither image nor radar is given; give one of them")
+        pixels = torch.cat([part.to(self.cls_token.dtype) for _, part, _ in parts], dim=1)
+        nanometres = torch.cat([values for *_, values in parts], dim=1)
+        if present is not None and present.shape != nanometres.shape:
+            raise DataError(f"present is {tuple(present.shape)}, the image has {tuple(nanometres.shape)} channels")
+        values = nanometres if present is None else nanometres[present]
+        if not bool((values.isfinite() & (values > 0)).all()) or values.amax() < SHORTEST_NANOMETRES:
+            check_wavelengths(values.flatten().tolist(), "wavelengths of the batch")
+        metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(len(pixels))
+        if not bool((metres.isfinite() & (metres > 0)).all()):
+            raise DataError(f"gsd is {metres.tolist()}; give the size of a pixel in metres, above 0")
+        return self.cut(pixels, nanometres, metres, 0 if image is None else image.shape[1], present)
+
+    def cut(
+        self, pixels: Tensor, wavelengths: Tensor, gsd: Tensor, optical: int, present: Tensor | None = None
+    ) -> Patches:
+        """Cuts up channels (B, C, H, W) with wavelengths (B, C) and pixel sizes (B,) that were checked before."""
+        size = self.patch_size
+        height, width = pixels.shape[-2:]
+        if height % size or width % size:
+            pixels = F.pad(pixels, (0, -width % size, 0, -height % size), mode="replicate")
+        rows, columns = pixels.shape[-2] // size, pixels.shape[-1] // size
+        pixels = rearrange(pixels, "b c (i p) (j q) -> b c (i j) (p q)", p=size, q=size)
+        coordinates = grid_coordinates(wavelengths, gsd, rows, columns, size, present)
+        return Patches(pixels, coordinates, optical, rows, columns)
+
+    def _wavelengths(self, name: str, part: Tensor, values: Wavelengths | None) -> Tensor:
+        """Returns the wavelengths of one modality, (B, channels), as far as their number can be checked."""
+        if part.ndim != 4 or not part.is_floating_point():
+            raise DataError(
+                f"{name} is {part.dtype} {tuple(part.shape)}; give scaled floats (batch, channels, height, width)"
+            )
+        if name == "radar" and "radar" not in self.patch_embed:
+            raise ConfigError("radar is given, but the model has no embedding for it; build it with radar=True")
+        label = "wavelengths" if name == "image" else "radar_wavelengths"
+        if values is None:
+            raise DataError(f"{name} has {part.shape[1]} channels but no {label}; give one each, in nanometres")
+        nanometres = torch.as_tensor(values, dtype=torch.float32, device=part.device)
+        if nanometres.shape not in (part.shape[1:2], part.shape[:2], (1, part.shape[1])):
+            raise DataError(
+                f"{label} are {tuple(nanometres.shape)} for {name} of {tuple(part.shape)}; give (channels,) or "
+                "(batch, channels)"
+            )
+        return nanometres.expand(part.shape[:2])
+
+    def context(self, coordinates: Coordinates) -> Context:
+        """Returns what the coordinates mean to attention."""
+        return make_context(coordinates, self.field_radius, self.embedding, self.turned, self.wavelength_range)
+
+    def embed(self, patches: Patches, channels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Returns the tokens before the first block, (B, 1 + kept channels, 1 + kept positions, D).
+
+        Args:
+            patches: see `Patches`.
+            channels: indices of the channels to keep (B, kept); None for all. Positions likewise.
+            positions: indices of the positions to keep (B, kept).
+        """
+        pixels, coordinates = patches.pixels, patches.coordinates
+        if channels is not None and positions is not None:
+            pixels = pixels.gather(1, channels[:, :, None, None].expand(-1, -1, *pixels.shape[2:]))
+            pixels = pixels.gather(2, positions[:, None, :, None].expand(-1, pixels.shape[1], -1, pixels.shape[3]))
+            coordinates = coordinates.keep(channels, positions)
+        tokens = self._embed_pixels(pixels, channels, patches.optical)
+        batch = len(tokens)
+        row = self.channel_cls_token.expand(batch, 1, tokens.shape[2], -1)
+        column = torch.cat(
+            [self.cls_token.expand(batch, 1, 1, -1), self.spatial_cls_token.expand(batch, tokens.shape[1], 1, -1)], 1
+        )
+        x = torch.cat([column, torch.cat([row.to(tokens.dtype), tokens], 1)], 2)
+        if self.embedding == "rope":
+            return x
+        unit = self.patch_size if self.position_unit == "patches" else 1.0
+        spectral, spatial = position_wavelength_embedding(coordinates, x.shape[-1], unit)
+        return x + spectral.to(x.dtype) + spatial.to(x.dtype)
+
+    def _embed_pixels(self, pixels: Tensor, channels: Tensor | None, optical: int) -> Tensor:
+        """Applies to each channel the embedding of its modality."""
+        count = pixels.shape[1]
+        if channels is None:
+            parts = {"optical": pixels[:, :optical], "radar": pixels[:, optical:]}
+            return torch.cat([self.patch_embed[name](part) for name, part in parts.items() if part.shape[1]], 1)
+        is_radar = channels >= optical
+        if not bool(is_radar.any()):
+            return self.patch_embed["optical"](pixels)
+        flat, chosen = pixels.flatten(0, 1), is_radar.flatten()
+        radar = self.patch_embed["radar"](flat[chosen])
+        tokens = radar.new_empty(*flat.shape[:2], radar.shape[-1])
+        tokens[chosen] = radar
+        tokens[~chosen] = self.patch_embed["optical"](flat[~chosen])
+        return tokens.unflatten(0, (-1, count))
+
+    def encode(self, patches: Patches, channels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Returns the normalised tokens of all, or of the kept, channels and positions; arguments as for `embed`."""
+        x = self.embed(patches, channels, positions)
+        kept = patches.coordinates
+        if channels is not None and positions is not None:
+            kept = kept.keep(channels, positions)
+        context = self.context(kept)
+        for block in self.blocks:
+            x = self._run(block, x, context)
+        return self.norm(x)
+
+    def _run(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            y: Tensor = checkpoint(block, x, context, use_reentrant=False)
+            return y
+        y = block(x, context)
+        return y
+
+    def forward_features(
+        self,
+        image: Tensor | None,
+        wavelengths: Wavelengths | None,
+        gsd: Tensor | float,
+        radar: Tensor | None = None,
+        radar_wavelengths: Wavelengths | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor:
+        """Maps a batch to its normalised tokens (B, 1 + C, 1 + N, D); arguments and errors as for `patches`."""
+        return self.encode(self.patches(image, wavelengths, gsd, radar, radar_wavelengths, present))
+
+    def forward_head(self, x: Tensor, present: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+        """Maps tokens (B, 1 + C, 1 + N, D) to logits (B, num_classes), or to features (B, D).
+
+        Args:
+            x: from `forward_features`.
+            present: as there; padding takes no part in a mean.
+            pre_logits: return features.
+        """
+        if self.global_pool == "token":
+            pooled = x[:, 0, 0]
+        elif present is None:
+            pooled = x[:, 1:, 1:].mean((1, 2))
+        else:
+            means = x[:, 1:, 1:].mean(2)
+            pooled = (means * present[..., None]).sum(1) / present.sum(1, keepdim=True)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(
+        self,
+        image: Tensor | None,
+        wavelengths: Wavelengths | None,
+        gsd: Tensor | float,
+        radar: Tensor | None = None,
+        radar_wavelengths: Wavelengths | None = None,
+        present: Tensor | None = None,
+    ) -> Tensor:
+        """Maps a batch to logits (B, num_classes); arguments and errors as for `patches`."""
+        tokens = self.forward_features(image, wavelengths, gsd, radar, radar_wavelengths, present)
+        return self.forward_head(tokens, present)
+
+    def forward_intermediates(
+        self,
+        image: Tensor | None,
+        wavelengths: Wavelengths | None,
+        gsd: Tensor | float,
+        radar: Tensor | None = None,
+        radar_wavelengths: Wavelengths | None = None,
+        present: Tensor | None = None,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "BCND"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Returns the tokens after chosen blocks, and before them the final ones.
+
+        Args:
+            image: this and the next five as for `patches`.
+            wavelengths: see there.
+            gsd: see there.
+            radar: see there.
+            radar_wavelengths: see there.
+            present: see there.
+            indices: blocks, or the number of last ones; None for all.
+            norm: apply the last LayerNorm to intermediates too.
+            output_fmt: NCHW: the positions' tokens that belong to no channel, as maps (B, D, rows, columns). BCND: all
+                tokens (B, 1 + C, 1 + N, D).
+            intermediates_only: leave out the final tokens.
+        """
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        patches = self.patches(image, wavelengths, gsd, radar, radar_wavelengths, present)
+        x = self.embed(patches)
+        context = self.context(patches.coordinates)
+        found = []
+        for index, block in enumerate(self.blocks[: last + 1] if intermediates_only else self.blocks):
+            x = self._run(block, x, context)
+            if index in taken:
+                tokens = self.norm(x) if norm else x
+                if output_fmt == "NCHW":
+                    tokens = rearrange(tokens[:, 0, 1:], "b (i j) d -> b d i j", i=patches.rows)
+                found.append(tokens)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Puts a new head for `num_classes` in place of the present one; 0 leaves the features as they are."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: while training, blocks compute their activations again for the gradient."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Returns the names of parameters that weight decay must leave alone."""
+        return {"cls_token", "channel_cls_token", "spatial_cls_token"}
+
+
+def make_attention(
+    kind: str,
+    dim: int,
+    num_heads: int,
+    channel_dim_per_head: int,
+    rank: int,
+    shared_values: bool,
+    bias: bool,
+    dropout: float,
+) -> nn.Module:
+    """Returns an attention over the grid; see `LessViT` for the arguments."""
+    if kind == "full":
+        return JointAttention(dim, num_heads, bias, dropout)
+    return LessAttention(
+        dim,
+        num_heads,
+        channel_dim_per_head,
+        rank,
+        shared_values,
+        additive=kind == "additive",
+        bias=bias,
+        dropout=dropout,
+    )
+
+
+def make_context(
+    coordinates: Coordinates,
+    field_radius: float | None,
+    embedding: str,
+    turned: tuple[int, int],
+    limits: tuple[float, float],
+) -> Context:
+    """Returns what coordinates mean to blocks whose heads are `turned` in so many entries; see `LessViT`."""
+    present = coordinates.present
+    return Context(
+        field=None if field_radius is None else field_mask(coordinates.metres, field_radius),
+        present=None if present is None else F.pad(present, (1, 0), value=True),
+        spectral=spectral_rotation(coordinates, turned[0], limits) if embedding == "rope" else None,
+        spatial=spatial_rotation(coordinates, turned[1]) if embedding == "rope" else None,
+    )
+
+
+def turned_widths(kind: str, dim: int, num_heads: int, channel_dim_per_head: int) -> tuple[int, int]:
+    """Returns how many entries of a head rotations turn by wavelength and by place."""
+    width = dim // num_heads
+    return (width // 2, width // 2) if kind == "full" else (channel_dim_per_head, width // channel_dim_per_head)
+
+
+def initialise(module: nn.Module) -> None:
+    """Sets linear layers to Xavier's uniform start without bias; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _patch_embedding(patch_size: int, dim: int) -> nn.Sequential:
+    """Maps the pixels of a patch of one channel (..., p p) to (..., dim)."""
+    return nn.Sequential(nn.Linear(patch_size**2, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+
+
+default_cfgs = generate_default_cfgs(
+    {name: {"classifier": "head"} for name in ("less_vit_tiny", "less_vit_small", "less_vit_base")}
+)
+
+
+def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> LessViT:
+    model: LessViT = build_model_with_cfg(LessViT, name, pretrained, **(sizes | given))
+    return model
+
+
+@register_model
+def less_vit_tiny(pretrained: bool = False, **kwargs: Any) -> LessViT:
+    """Width 192, 12 blocks, 3 heads; about 5 million parameters."""
+    return _create("less_vit_tiny", pretrained, {"embed_dim": 192, "num_heads": 3}, kwargs)
+
+
+@register_model
+def less_vit_small(pretrained: bool = False, **kwargs: Any) -> LessViT:
+    """Width 384, 12 blocks, 6 heads; 18.35 million parameters, radar included."""
+    return _create("less_vit_small", pretrained, {"embed_dim": 384, "num_heads": 6}, kwargs)
+
+
+@register_model
+def less_vit_base(pretrained: bool = False, **kwargs: Any) -> LessViT:
+    """Width 768, 12 blocks, 12 heads; 72.48 million parameters, radar included."""
+    return _create("less_vit_base", pretrained, {"embed_dim": 768, "num_heads": 12}, kwargs)
