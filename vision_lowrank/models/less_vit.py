@@ -503,12 +503,12 @@ def _patch_embedding(patch_size: int, dim: int) -> nn.Sequential:
 
 
 default_cfgs = generate_default_cfgs(
-    {name: {"classifier": "head"} for name in ("less_vit_tiny", "less_vit_small", "less_vit_base")}
+    {name: {"classifier": "head", "num_classes": 0} for name in ("less_vit_tiny", "less_vit_small", "less_vit_base")}
 )
 
 
 def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> LessViT:
-    model: LessViT = build_model_with_cfg(LessViT, name, pretrained, **(sizes | given))
+    model: LessViT = build_model_with_cfg(LessViT, name, pretrained, kwargs_filter=("in_chans",), **(sizes | given))
     return model
 
 
@@ -520,11 +520,11 @@ def less_vit_tiny(pretrained: bool = False, **kwargs: Any) -> LessViT:
 
 @register_model
 def less_vit_small(pretrained: bool = False, **kwargs: Any) -> LessViT:
-    """Width 384, 12 blocks, 6 heads; 18.35 million parameters, radar included."""
+    """Width 384, 12 blocks, 6 heads; 18.4 million parameters, radar included."""
     return _create("less_vit_small", pretrained, {"embed_dim": 384, "num_heads": 6}, kwargs)
 
 
 @register_model
 def less_vit_base(pretrained: bool = False, **kwargs: Any) -> LessViT:
-    """Width 768, 12 blocks, 12 heads; 72.48 million parameters, radar included."""
+    """Width 768, 12 blocks, 12 heads; 72.5 million parameters, radar included."""
     return _create("less_vit_base", pretrained, {"embed_dim": 768, "num_heads": 12}, kwargs)

@@ -110,9 +110,9 @@ class OfficialHyperMAE(nn.Module):
         if radar is not None and radar_wavelengths is None and self.radar_wavelengths is not None:
             radar_wavelengths = torch.tensor(self.radar_wavelengths)
         patches = _cut(self.model.encoder, image, wavelengths, gsd, radar, radar_wavelengths)
-        pairs = [Noise(noise[index], noise[index + 1]) for index in range(0, len(noise), 2)]
-        if len(pairs) != len(self.passes):
+        if len(noise) != 2 * len(self.passes):
             raise ConfigError(f"{len(noise)} noise tensors; this model takes 2 for each of {', '.join(self.passes)}")
+        pairs = [Noise(noise[index], noise[index + 1]) for index in range(0, len(noise), 2)]
         losses = [
             self.model.reconstruct(patches, seen, drawn).loss for seen, drawn in zip(self.passes, pairs, strict=True)
         ]
