@@ -37,7 +37,7 @@ def read_geotiff(paths: list[Path]) -> Raster:
             stack.enter_context(warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning))
             tiles = [stack.enter_context(rasterio.open(path)) for path in paths]
             first = tiles[0]
-            bands = _bands(first, paths[0])
+            bands = read_bands(first, paths[0])
             if len(tiles) == 1:
                 values = first.read(out_dtype="float32")
                 return Raster(values, bands, _georeference(first), first.nodata)
@@ -103,7 +103,7 @@ def _envi_header(path: Path) -> dict[str, str]:
     return {name.lower(): value for name, value in pairs}
 
 
-def _bands(file: DatasetReader, path: Path) -> Bands | None:
+def read_bands(file: DatasetReader, path: Path) -> Bands | None:
     """Returns wavelengths from band tags or descriptions such as 'band 1 (418.24 Nanometers)', None without any."""
     centres, widths = [], []
     for index, description in zip(file.indexes, file.descriptions, strict=True):
