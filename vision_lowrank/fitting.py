@@ -68,17 +68,10 @@ def fit_network(
     else:
         model = _build(config, data)
     task = _make_task(config, data, model)
-    # at the end of the whole epoch, so that the history in the file holds it
-    best = ModelCheckpoint(
-        *(folder / "checkpoints", "best", CHOICE),
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
+    best, last = checkpoints(folder, CHOICE, "max")
     # while a cycle begins anew validation at full strength says little, for longer than any patience
     patience = config.patience if config.regime == "full" else config.trainer.max_epochs
-    trainer = _make_trainer(config, precision, [best, EarlyStopping(CHOICE, patience=patience, mode="max")])
+    trainer = make_trainer(config, precision, [best, last, EarlyStopping(CHOICE, patience=patience, mode="max")])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
@@ -86,7 +79,7 @@ def fit_network(
     if process_rank() > 0:
         return np.empty(0), {}
     facts["training_seconds"] = time.perf_counter() - started
-    task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
+    task.load_state_dict(read_checkpoint(best.best_model_path, "strength")["state_dict"])
     kept = max(task.history, key=lambda row: row[CHOICE])
     facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"]}
     count = count_parameters(model)
@@ -107,11 +100,32 @@ def fit_network(
     return probabilities, facts
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """Returns what writes `checkpoints/best.ckpt`, by a metric that is to be "min" or "max", and `last.ckpt`."""
+    # Lightning's own `save_last` leaves out epochs that are not among the best
+    chosen: tuple[tuple[str, str | None], ...] = (("best", monitor), ("last", None))
+    best, last = (
+        # at the end of the whole epoch, so that the history in the file holds it
+        ModelCheckpoint(
+            *(folder / "checkpoints", name, metric),
+            mode=mode,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+        for name, metric in chosen
+    )
+    return best, last
+
+
+def read_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
     """Reads a Lightning checkpoint of ours; nothing in it is executed.
 
+    Args:
+        path: file.
+        needed: entries that tell which task it is of.
+
     Raises:
-        CheckpointError: it is missing or damaged, holds code, or is not of a scene classification.
+        CheckpointError: it is missing or damaged, holds code, or is of another task.
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -124,8 +138,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"checkpoint {path}: damaged ({error}); take an older one or start anew") from error
-    if not isinstance(content, dict) or not {"state_dict", "history", "strength"} <= content.keys():
-        raise CheckpointError(f"checkpoint {path}: not of a scene classification; give a run's checkpoints/last.ckpt")
+    if not isinstance(content, dict) or not {"state_dict", "history", *needed} <= content.keys():
+        raise CheckpointError(f"checkpoint {path}: not of this task; give the checkpoints/last.ckpt of a run of it")
     return content
 
 
@@ -172,7 +186,7 @@ def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision
     logger.info("pretraining on all %d pixels of the scene, without labels: transductive", data.scene.valid.sum())
     model = _build(config, data)
     task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
-    trainer = _make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
+    trainer = make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
     trainer.fit(task, data.pretrain_dataloader(trainer.world_size))
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -189,7 +203,8 @@ def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> S
     return task
 
 
-def _make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callback], **changes: Any) -> L.Trainer:
+def make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callback], **changes: Any) -> L.Trainer:
+    """Returns the configured Trainer, with a progress bar; without callbacks, without checkpoints."""
     trainer: L.Trainer = instantiate(
         config.trainer,
         precision=precision,

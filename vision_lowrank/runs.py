@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from vision_lowrank.errors import ConfigError
+
+# rank 0 of a distributed run tells the processes that it starts where to write
+RUN_VARIABLE = "VISION_LOWRANK_RUN"
 
 
 @contextmanager
@@ -97,6 +101,24 @@ def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
             attempt += 1
         else:
             return folder
+
+
+def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]) -> Path:
+    """Makes the folder of a new run, with its configuration and provenance; the processes it starts get the same one.
+
+    Args:
+        config: has `runs_root`, `name` and `seed`.
+        precision: see `provenance`.
+        data_hashes: see `provenance`.
+    """
+    if process_rank() > 0:
+        return Path(os.environ[RUN_VARIABLE])
+    folder = create_run_folder(config.runs_root, config.name, config.seed)
+    os.environ[RUN_VARIABLE] = str(folder)
+    with atomic_path(folder / "config.yaml") as temporary:
+        OmegaConf.save(config, temporary, resolve=True)
+    write_json(folder / "provenance.json", provenance(precision, data_hashes))
+    return folder
 
 
 def process_rank() -> int:

@@ -1,7 +1,6 @@
 """One run on a scene: split, model and baselines, scores, and everything that stays in the run folder."""
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from safetensors.numpy import save_file
 
 from vision_lowrank.baselines import fit_baseline, is_baseline
@@ -24,12 +23,9 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk
 from vision_lowrank.reporting import save_scene_pictures
-from vision_lowrank.runs import atomic_path, create_run_folder, process_rank, provenance, write_json
+from vision_lowrank.runs import atomic_path, process_rank, start_run
 
 logger = logging.getLogger(__name__)
-
-# rank 0 of a distributed run tells the processes that it starts where to write
-RUN_VARIABLE = "VISION_LOWRANK_RUN"
 
 
 def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
@@ -46,7 +42,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     begun = time.perf_counter()
     L.seed_everything(config.seed, workers=True, verbose=False)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
-    checkpoint = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
+    checkpoint = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path, "strength")
     data: SceneDataModule = instantiate(config.data)
     data.prepare_data()
     data.setup()
@@ -78,13 +74,9 @@ def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> P
         if Split.load(folder / "split.npz").digest() != data.split.digest():
             raise CheckpointError(f"{config.ckpt_path}: trained on another split; resume with that run's configuration")
         return folder
+    folder = start_run(config, precision, data.scene.hashes)
     if process_rank() > 0:
-        return Path(os.environ[RUN_VARIABLE])
-    folder = create_run_folder(config.runs_root, config.name, config.seed)
-    os.environ[RUN_VARIABLE] = str(folder)
-    with atomic_path(folder / "config.yaml") as temporary:
-        OmegaConf.save(config, temporary, resolve=True)
-    write_json(folder / "provenance.json", provenance(precision, data.scene.hashes))
+        return folder
     data.split.save(folder / "split.npz")
     with atomic_path(folder / "preprocessing.safetensors") as temporary:
         save_file(data.preprocessor.state(), temporary)

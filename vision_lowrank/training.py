@@ -2,7 +2,6 @@
 
 import logging
 from datetime import datetime
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -11,8 +10,10 @@ from rich.console import Console
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
+from vision_lowrank.pretraining_run import report_pretraining, run_pretraining
 from vision_lowrank.runs import atomic_path, process_rank
 from vision_lowrank.scene_run import run_scene
+from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,13 @@ KEYS = (
 def train(config: DictConfig) -> list[RunResult]:
     """Runs an experiment for its seed, or for each of its `seeds`, and prints the table.
 
+    A scene is classified, or, with the task `HyperMAEPretraining`, a model is pretrained on tiles.
+
     Args:
         config: as composed from `configs/train.yaml`.
 
     Returns:
-        The results of the model and of the baselines, a run after the other.
+        The results of the model and of the baselines, a run after the other; empty after pretraining.
 
     Raises:
         VisionLowRankError: anything that the user can mend; what can be checked before work starts is.
@@ -43,24 +46,38 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: PyTorch sees none here; use trainer=cpu")
+    pretraining = config.task._target_.endswith(f".{HyperMAEPretraining.__name__}")
     results: list[RunResult] = []
+    errors: list[dict[str, dict[str, float]]] = []
     for seed in seeds:
         one = DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None}))
-        folder, found = run_scene(one)
-        results += found
-    if process_rank() == 0:
-        _report(results, config, folder if len(seeds) == 1 else folder.parent / f"{datetime.now():%Y%m%d-%H%M%S}-table")
+        if pretraining:
+            folder, measured = run_pretraining(one)
+            errors.append(measured)
+        else:
+            folder, found = run_scene(one)
+            results += found
+    if process_rank() > 0:
+        return results
+    if len(seeds) > 1:
+        folder = folder.parent / f"{datetime.now():%Y%m%d-%H%M%S}-table"
+    if pretraining:
+        title = f"{config.name}, held-out tiles, seed {', '.join(map(str, seeds))}"
+        table = f"{title}\n\n{report_pretraining(errors, title)}"
+    else:
+        table = _report(results, config)
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    logger.info("written to %s", folder)
     return results
 
 
-def _report(results: list[RunResult], config: DictConfig, folder: Path) -> None:
-    """Prints the table and writes it as `table.md` into `folder`."""
+def _report(results: list[RunResult], config: DictConfig) -> str:
+    """Prints the table of a scene and returns it as Markdown under its title."""
     reference = next((result.method for result in results if result.method in (config.baselines or ())), None)
     seeds = sorted({result.seed for result in results})
     scene, kind = load_card(config.data.card).title, config.data.split.kind
     title = f"{scene}, {kind} split, test pixels, seed {', '.join(map(str, seeds))}"
     # wider than a narrow terminal rather than numbers broken into lines
     Console(width=max(Console().width, 110)).print(console_table(results, title, reference))
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(f"{title}\n\n{markdown_table(results, reference)}", encoding="utf-8")
-    logger.info("written to %s", folder)
+    return f"{title}\n\n{markdown_table(results, reference)}"

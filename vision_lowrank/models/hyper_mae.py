@@ -160,7 +160,9 @@ class HyperMAE(nn.Module):
         hidden_positions.scatter_(1, positions, False)
         tokens = self.encoder.encode(patches, channels, positions)
         prediction = self._decode(tokens, patches, channels, positions)
-        target = self._target(patches.pixels.float(), valid)
+        pixels = patches.pixels.float()
+        shift, gain = self.target_scale(pixels, valid)
+        target = (pixels - shift) * gain
         error = (prediction.float() - target).square()
         weight = torch.ones_like(error[:, :1]) if valid is None else valid.unsqueeze(1).float()
         present = patches.coordinates.present
@@ -226,15 +228,18 @@ class HyperMAE(nn.Module):
         parts = {"optical": x[:, : patches.optical], "radar": x[:, patches.optical :]}
         return torch.cat([self.decoder_pred[name](part) for name, part in parts.items() if part.shape[1]], 1)
 
-    def _target(self, pixels: Tensor, valid: Tensor | None) -> Tensor:
-        """Returns what is to be predicted; statistics of a patch are those of its valid pixels."""
+    def target_scale(self, pixels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns shift and gain (B, C, N, 1) with which pixels become targets, (pixels - shift) * gain.
+
+        Statistics of a patch are those of its valid pixels.
+        """
         if not self.normalise_targets:
-            return pixels
+            return torch.zeros_like(pixels[..., :1]), torch.ones_like(pixels[..., :1])
         weight = torch.ones_like(pixels[:, :1]) if valid is None else valid.unsqueeze(1).to(pixels.dtype)
         number = weight.sum(-1, keepdim=True)
         mean = (pixels * weight).sum(-1, keepdim=True) / number.clamp(min=1)
         variance = ((pixels - mean).square() * weight).sum(-1, keepdim=True) / (number - 1).clamp(min=1)
-        return (pixels - mean) / (variance + self.variance_floor).sqrt()
+        return mean, (variance + self.variance_floor).rsqrt()
 
     @staticmethod
     def _mean_by_modality(error: Tensor, weight: Tensor, optical: int) -> Tensor:

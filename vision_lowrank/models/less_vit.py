@@ -57,6 +57,12 @@ class Patches:
     columns: int
 
 
+def assemble(pixels: Tensor, rows: int) -> Tensor:
+    """Puts patches (B, C, N, p p) together to images (B, C, H, W)."""
+    size = round(pixels.shape[-1] ** 0.5)
+    return rearrange(pixels, "b c (i j) (p q) -> b c (i p) (j q)", i=rows, p=size)
+
+
 class Block(nn.Module):
     """Pre-norm attention over the grid and a feed-forward with GELU, each scaled and added.
 

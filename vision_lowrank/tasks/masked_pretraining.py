@@ -1,7 +1,7 @@
-"""Masked reconstruction of a scene without labels, which makes the base that adapters are trained on."""
+"""Training without labels by reconstruction of what was hidden: of a scene's patches, or by Hyper-MAE."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from vision_lowrank.data.augmentation import random_symmetries
-from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
+from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetry, random_symmetries
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
+from vision_lowrank.models.less_vit import Patches
+from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
 
 
 class MaskedPretraining(L.LightningModule):
@@ -72,3 +75,158 @@ class MaskedPretraining(L.LightningModule):
         """Returns AdamW whose rate rises and falls once."""
         factor = warmup_cosine(int(self.trainer.estimated_stepping_batches), self.warmup)
         return adamw(self, self.learning_rate, self.weight_decay, factor)
+
+
+# more than any training has, so that the seeds of two processes, and those of validation, never meet
+STEPS = 1_000_000_007
+PASSES: dict[str, tuple[Seen, ...]] = {
+    "optical": ("optical",),
+    "radar": ("radar",),
+    "multi": ("multi",),
+    "all": ("optical", "radar", "multi"),
+}
+
+
+class HyperMAEPretraining(L.LightningModule):
+    """Hyper-MAE on tiles of any sensors (arXiv 2503.12843); AdamW with warm-up and cosine.
+
+    Everything random (symmetries, channels, masks) comes from torch's generator, which each step seeds anew, so that a
+    run, resumed or not, repeats exactly. Validation masks are the same in every epoch.
+
+    Args:
+        model: to train.
+        learning_rate: highest rate.
+        weight_decay: of matrices.
+        warmup: share of training in which the rate rises.
+        betas: of AdamW.
+        modal_mode: what is seen in a step: optical, radar or multi channels; all: three passes whose losses are added;
+            random: one of the three.
+        channel_sampling: least and largest share of the channels that a training step uses at all, drawn anew for each
+            step (the successor's hierarchical channel sampling); None for all channels.
+
+    Attributes:
+        history: one mapping a finished epoch: epoch, losses of training and validation by part, rate.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: HyperMAE,
+        learning_rate: float,
+        weight_decay: float,
+        warmup: float,
+        betas: Sequence[float] = (0.9, 0.95),
+        modal_mode: Literal["optical", "radar", "multi", "all", "random"] = "optical",
+        channel_sampling: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if modal_mode not in (*PASSES, "random"):
+            raise ConfigError(f"modal_mode is {modal_mode!r}; it can be {', '.join(PASSES)} or random")
+        if channel_sampling is not None and not 0 < channel_sampling[0] <= channel_sampling[1] <= 1:
+            raise ConfigError(f"channel_sampling is {list(channel_sampling)}; give two shares, least first, up to 1")
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.betas = (float(betas[0]), float(betas[1]))
+        self.modal_mode = modal_mode
+        self.channel_sampling = channel_sampling
+        self.seed = torch.initial_seed()
+        self.history: list[dict[str, float]] = []
+
+    def patches(self, batch: Mapping[str, Tensor]) -> tuple[Patches, Tensor]:
+        """Cuts up a batch as `data.tile_module` gives it, perhaps with `radar` and `radar_wavelengths`.
+
+        Returns:
+            The patches, and which of their pixels have values, bool (batch, positions, pixels).
+        """
+        encoder = self.model.encoder
+        radar = (batch.get("radar"), batch.get("radar_wavelengths"))
+        patches = encoder.patches(batch["image"], batch["wavelengths"], batch["gsd"], *radar)
+        valid = batch["valid"].unsqueeze(1).to(patches.pixels.dtype)
+        cut = encoder.cut(valid, batch["wavelengths"][:, :1], batch["gsd"], 1).pixels
+        return patches, cut[:, 0] > 0
+
+    def reconstruct(
+        self, patches: Patches, valid: Tensor, modal_mode: str, generator: torch.Generator | None = None
+    ) -> list[Reconstruction]:
+        """Returns one reconstruction for each pass of a mode."""
+        if modal_mode == "random":
+            modal_mode = ("optical", "radar", "multi")[int(torch.randint(3, (), generator=generator))]
+        return [
+            self.model.reconstruct(patches, seen, self.model.draw_noise(patches, seen, generator), valid)
+            for seen in PASSES[modal_mode]
+        ]
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """Returns the loss of a batch of tiles."""
+        batch = self._sample_channels(_turn(batch))
+        losses = self._losses(self.reconstruct(*self.patches(batch), self.modal_mode))
+        for name, value in losses.items():
+            self.log(
+                f"train/{name}", value, on_step=False, on_epoch=True, prog_bar=name == "loss",
+                batch_size=len(batch["image"]), sync_dist=True,
+            )  # fmt: skip
+        return losses["loss"]
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
+        """Logs the losses of held-out tiles, all channels used, under masks that depend on the batch's number only."""
+        generator = torch.Generator().manual_seed(self.seed + STEPS - 1 - batch_index)
+        losses = self._losses(self.reconstruct(*self.patches(batch), self.modal_mode, generator))
+        for name, value in losses.items():
+            self.log(f"val/{name}", value, prog_bar=name == "loss", batch_size=len(batch["image"]), sync_dist=True)
+
+    @staticmethod
+    def _losses(passes: Sequence[Reconstruction]) -> dict[str, Tensor]:
+        return {
+            "loss": torch.stack([result.loss for result in passes]).sum(),
+            "position loss": torch.stack([result.position_loss for result in passes]).sum(),
+            "channel loss": torch.stack([result.channel_loss for result in passes]).sum(),
+        }
+
+    def _sample_channels(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Keeps a random share of the optical channels, the same for all samples."""
+        if self.channel_sampling is None:
+            return batch
+        least, largest = self.channel_sampling
+        count = batch["image"].shape[1]
+        share = least + (largest - least) * float(torch.rand(()))
+        chosen = torch.randperm(count)[: max(2, round(share * count))].sort().values.to(batch["image"].device)
+        return {**batch, "image": batch["image"][:, chosen], "wavelengths": batch["wavelengths"][:, chosen]}
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew."""
+        torch.manual_seed(self.seed + self.global_step + STEPS * (1 + self.global_rank))
+
+    def on_train_epoch_end(self) -> None:
+        """Adds a line to the history.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        row = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        check_loss(self.current_epoch, row["train/loss"])
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.history.append({"epoch": float(self.current_epoch + 1), **row, "learning rate": rate})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the history to a checkpoint, as plain numbers."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the history of a checkpoint."""
+        self.history = list(checkpoint["history"])
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Returns AdamW whose rate rises and falls once."""
+        factor = warmup_cosine(int(self.trainer.estimated_stepping_batches), self.warmup)
+        return adamw(self.model, self.learning_rate, self.weight_decay, factor, self.betas)
+
+
+def _turn(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Applies one random symmetry of the square to all that a batch shows of the ground."""
+    index = int(torch.randint(SYMMETRIES, ()))
+    shown = ("image", "radar", "valid")
+    return {name: apply_symmetry(value, index) if name in shown else value for name, value in batch.items()}

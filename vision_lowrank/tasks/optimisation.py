@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from vision_lowrank.errors import ConfigError
+from vision_lowrank.errors import ConfigError, TrainingError
 
 
 def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
@@ -31,8 +31,25 @@ def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
+def check_loss(epoch: int, loss: float) -> None:
+    """Ends a training that went astray.
+
+    Raises:
+        TrainingError: the loss of the epoch, counted from 0, is not finite.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"epoch {epoch + 1}: the training loss is {loss}; lower task.learning_rate, or train with "
+            "trainer.precision=32-true"
+        )
+
+
 def adamw(
-    model: nn.Module, learning_rate: float, weight_decay: float, factor: Callable[[int], float]
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    factor: Callable[[int], float],
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> OptimizerLRSchedulerConfig:
     """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
 
@@ -40,5 +57,5 @@ def adamw(
     """
     spare = getattr(model, "no_weight_decay", tuple)
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spare())
-    optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

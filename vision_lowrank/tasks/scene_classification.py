@@ -14,8 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
 from vision_lowrank.data.augmentation import mixup, random_symmetries
-from vision_lowrank.errors import TrainingError
-from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
+from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
 
 # more than any training has, so that the seeds of two processes never meet
 STEPS = 1_000_000_007
@@ -183,11 +182,7 @@ class SceneClassification(L.LightningModule):
         metrics = {**self.trainer.callback_metrics, **self.training_scores.compute()}
         self.training_scores.reset()
         row = {"epoch": float(self.current_epoch + 1), **{name: float(value) for name, value in metrics.items()}}
-        if not math.isfinite(row["train/loss"]):
-            raise TrainingError(
-                f"epoch {self.current_epoch + 1}: the training loss is {row['train/loss']}; "
-                "lower task.learning_rate, or train with trainer.precision=32-true"
-            )
+        check_loss(self.current_epoch, row["train/loss"])
         row["learning rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self.strength is not None:
             row["strength"] = self.strength(self.strength.step_count - 1)

@@ -1,0 +1,158 @@
+"""Hyper-MAE: what is hidden, what counts, and that the decoder knows what it is asked for."""
+
+import pytest
+import torch
+
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.models import HyperMAE, LessViT
+from vision_lowrank.models.hyper_mae import Noise
+from vision_lowrank.models.less_vit import assemble
+
+WAVELENGTHS = torch.tensor([443.0, 560.0, 665.0, 842.0, 1610.0, 2190.0])
+RADAR = torch.tensor([5500.0, 5700.0])
+
+
+def tiny(embedding="sincos", **options):
+    torch.manual_seed(0)
+    encoder = LessViT(patch_size=4, embed_dim=48, depth=2, num_heads=3, embedding=embedding).double()
+    settings = {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2, "channel_mask_ratio": 0.5}
+    return HyperMAE(encoder, **(settings | options)).double().eval()
+
+
+def make(model, batch=2, size=16, present=None, radar=False):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(batch, 6, size, size, dtype=torch.float64, generator=generator)
+    if not radar:
+        return model.encoder.patches(image, WAVELENGTHS, 10.0, present=present)
+    other = torch.randn(batch, 2, size, size, dtype=torch.float64, generator=generator)
+    return model.encoder.patches(image, WAVELENGTHS, 10.0, other, RADAR)
+
+
+def test_the_smallest_noise_is_kept_sample_by_sample():
+    model = tiny()
+    patches = make(model)
+    noise = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    again = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    assert torch.equal(noise.channels, again.channels)
+    result = model.reconstruct(patches, "multi", noise)
+    for b in range(2):
+        kept = set(noise.channels[b].argsort()[:3].tolist())
+        assert set(torch.nonzero(~result.hidden_channels[b]).flatten().tolist()) == kept
+        kept = set(noise.positions[b].argsort()[:4].tolist())
+        assert set(torch.nonzero(~result.hidden_positions[b]).flatten().tolist()) == kept
+    assert not torch.equal(result.hidden_positions[0], result.hidden_positions[1])
+
+
+def test_what_is_hidden_has_no_influence():
+    model = tiny()
+    patches = make(model)
+    noise = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    before = model.reconstruct(patches, "multi", noise)
+    hidden = before.hidden_channels[:, :, None, None] | before.hidden_positions[:, None, :, None]
+    patches.pixels[hidden.expand_as(patches.pixels)] = 77
+    assert torch.equal(model.reconstruct(patches, "multi", noise).prediction, before.prediction)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_loss_is_the_mean_over_what_is_hidden_and_valid(normalise):
+    model = tiny(normalise_targets=normalise, variance_floor=0.01)
+    patches = make(model)
+    valid = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(5)) > 0.3
+    valid[0, 3] = False
+    result = model.reconstruct(patches, "multi", model.draw_noise(patches, "multi"), valid)
+    sums, counts = {"position": 0.0, "channel": 0.0}, {"position": 0, "channel": 0}
+    for b in range(2):
+        for c in range(6):
+            for n in range(16):
+                pixels, seen = patches.pixels[b, c, n], valid[b, n]
+                target = pixels
+                if normalise and seen.any():
+                    some = pixels[seen]
+                    variance = some.var() if len(some) > 1 else torch.tensor(0.0)
+                    target = (pixels - some.mean()) / (variance + 0.01).sqrt()
+                error = (result.prediction[b, c, n] - target).square()[seen]
+                for kind, hidden in (
+                    ("position", result.hidden_positions[b, n]),
+                    ("channel", result.hidden_channels[b, c]),
+                ):
+                    if hidden:
+                        sums[kind] += float(error.sum())
+                        counts[kind] += int(seen.sum())
+    assert float(result.position_loss) == pytest.approx(sums["position"] / counts["position"])
+    assert float(result.channel_loss) == pytest.approx(sums["channel"] / counts["channel"])
+    assert float(result.loss) == pytest.approx(float(result.position_loss + result.channel_loss))
+
+
+def test_values_without_meaning_cannot_reach_the_loss():
+    model = tiny(variance_floor=0.01)
+    patches = make(model)
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[:, 5] = False
+    noise = Noise(torch.arange(6.0).repeat(2, 1), torch.arange(16.0).roll(8).repeat(2, 1))
+    before = model.reconstruct(patches, "multi", noise, valid).loss
+    patches.pixels[:, :, 5] = 1e6
+    after = model.reconstruct(patches, "multi", noise, valid)
+    assert bool(after.hidden_positions[0, 5])
+    assert torch.equal(after.loss, before)
+    # a flat patch does not blow up
+    patches.pixels[:] = 3.0
+    assert model.reconstruct(patches, "multi", noise, valid).loss < 10
+
+
+def test_padding_channels_are_never_kept_and_never_count():
+    model = tiny()
+    present = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    patches = make(model, present=present)
+    noise = Noise(torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.9, 0.8, 0.7, 0.6, 0.0, 0.0]]), torch.rand(2, 16))
+    result = model.reconstruct(patches, "multi", noise)
+    assert torch.nonzero(~result.hidden_channels[1]).flatten().tolist() == [1, 2, 3]
+    patches.pixels[1, 4:] = 1e6
+    assert torch.equal(model.reconstruct(patches, "multi", noise).loss, result.loss)
+
+
+def test_modalities_weigh_alike_and_an_unseen_one_is_all_hidden():
+    model = tiny(normalise_targets=False)
+    patches = make(model, radar=True)
+    result = model.reconstruct(patches, "optical", model.draw_noise(patches, "optical"))
+    assert result.hidden_channels[:, 6:].all()
+    assert result.hidden_channels[:, :6].sum(1).tolist() == [3, 3]
+    error = (result.prediction - patches.pixels).square().mean(-1)
+    parts = [error[:, part].mean(1)[result.hidden_positions].mean() for part in (slice(0, 6), slice(6, 8))]
+    torch.testing.assert_close(result.position_loss, torch.stack(parts).mean(), check_dtype=False)
+    hidden = result.hidden_channels
+    parts = [error.mean(2)[:, part][hidden[:, part]].mean() for part in (slice(0, 6), slice(6, 8))]
+    torch.testing.assert_close(result.channel_loss, torch.stack(parts).mean(), check_dtype=False)
+    with pytest.raises(ConfigError, match="the images have none"):
+        model.draw_noise(make(model), "radar")
+
+
+@pytest.mark.parametrize("embedding", ["sincos", "rope"])
+def test_the_decoder_knows_place_and_wavelength(embedding):
+    # the original's decoder predicts the same for all masked positions of a channel, and for all masked channels
+    model = tiny(embedding)
+    patches = make(model)
+    noise = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    result = model.reconstruct(patches, "multi", noise)
+    for b in range(2):
+        shown = int(torch.nonzero(~result.hidden_channels[b])[0])
+        places = torch.nonzero(result.hidden_positions[b]).flatten()
+        assert (result.prediction[b, shown, places[0]] - result.prediction[b, shown, places[1]]).abs().max() > 1e-12
+        channels = torch.nonzero(result.hidden_channels[b]).flatten()
+        place = int(torch.nonzero(~result.hidden_positions[b])[0])
+        assert (result.prediction[b, channels[0], place] - result.prediction[b, channels[1], place]).abs().max() > 1e-12
+
+
+def test_patches_go_back_to_their_image():
+    model = tiny()
+    image = torch.randn(2, 6, 8, 12, dtype=torch.float64)
+    patches = model.encoder.patches(image, WAVELENGTHS, 10.0)
+    assert torch.equal(assemble(patches.pixels, patches.rows), image)
+
+
+def test_masks_that_leave_nothing_are_refused():
+    model = tiny(mask_ratio=0.95)
+    patches = make(model)
+    with pytest.raises(ConfigError, match="leave 0 of 16 positions and 3 of 6 channels visible"):
+        model.reconstruct(patches, "multi", model.draw_noise(patches, "multi"))
+    with pytest.raises(ConfigError, match="mask_ratio is 1"):
+        tiny(mask_ratio=1)

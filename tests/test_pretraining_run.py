@@ -1,0 +1,144 @@
+"""Pretraining from a card to a run folder, on a scene that a small model can reconstruct."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+
+from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.fitting import read_checkpoint
+from vision_lowrank.instantiate import instantiate
+from vision_lowrank.models import LessViT
+from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
+from vision_lowrank.training import train
+
+CHANNELS = 12
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    """Card of a scene whose spectra are smooth mixtures of two, by abundances that vary over space."""
+    folder = tmp_path_factory.mktemp("scene")
+    generator = np.random.default_rng(3)
+    rows, columns = np.mgrid[:48, :48] / 8
+    abundance = 0.5 + 0.5 * np.sin(rows + generator.random()) * np.cos(columns)
+    ends = np.stack([np.linspace(100, 300, CHANNELS), np.linspace(250, 50, CHANNELS) ** 1.1])
+    image = abundance[..., None] * ends[0] + (1 - abundance[..., None]) * ends[1]
+    image += generator.normal(0, 2, image.shape)
+    np.save(folder / "image.npy", image.astype(np.float32))
+    np.save(folder / "labels.npy", np.ones((48, 48), np.uint8))
+    content = {
+        "name": "mixtures", "title": "Mixtures", "sensor": "a random generator",
+        "files": {"image": ["image.npy"], "labels": ["labels.npy"]},
+        "shape": {"height": 48, "width": 48, "channels": CHANNELS},
+        "bands": {"start": 450, "stop": 950, "count": CHANNELS}, "gsd": 10,
+        "classes": [{"name": "land", "colour": "#00ff00"}], "licence": "CC0", "citation": "nobody",
+    }  # fmt: skip
+    (folder / "mixtures.yaml").write_text(yaml.safe_dump(content))
+    return folder / "mixtures.yaml"
+
+
+@pytest.fixture
+def configure(card, tmp_path, repository):
+    """Function that composes the configuration of a short run, with further overrides."""
+
+    def make(*overrides):
+        source = "data.sources.indian_pines"
+        with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+            return compose(
+                "train",
+                [
+                    "experiment=hyper_mae_indian_pines", f"{source}.card={card}", f"{source}.root={card.parent}",
+                    f"{source}.size=8", f"{source}.stride=4", f"{source}.cell=16", "data.batch_size=8",
+                    "model.encoder.patch_size=2", "model.encoder.embed_dim=48", "model.encoder.depth=2",
+                    "model.decoder_dim=32", "model.decoder_depth=1", "model.decoder_heads=2",
+                    "model.channel_mask_ratio=0.5", "task.learning_rate=0.003", "trainer.max_epochs=3",
+                    "trainer.precision=32-true", f"runs_root={tmp_path}", *overrides,
+                ],
+            )  # fmt: skip
+
+    return make
+
+
+def run_folder(config):
+    return max((Path(config.runs_root) / config.name).iterdir(), key=lambda path: path.stat().st_ctime_ns)
+
+
+def test_run_learns_and_leaves_everything_behind(configure, capsys):
+    config = configure("trainer.max_epochs=40", "task.channel_sampling=[0.5,1.0]", "model.encoder.field_radius=40")
+    assert train(config) == []
+    folder = run_folder(config)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.yaml", "provenance.json", "history.csv", "curves.png", "reconstructions.png", "spectra.png", "encoder",
+        "metrics.json", "table.md", "checkpoints",
+    }  # fmt: skip
+    errors = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]
+    assert errors["channels"]["Hyper-MAE"] < 0.8 * errors["channels"]["mean"]
+    assert f"{errors['both']['Hyper-MAE']:.3f}" in (folder / "table.md").read_text()
+    assert f"{errors['both']['Hyper-MAE']:.3f}" in capsys.readouterr().out
+    encoder = LessViT.from_pretrained(folder / "encoder")
+    best = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, best[f"model.encoder.{name}"]), name
+
+
+def test_errors_are_those_of_the_masked_values(configure):
+    config = configure("trainer.max_epochs=1")
+    train(config)
+    folder = run_folder(config)
+    task = instantiate(config.task, model=instantiate(config.model)).eval()
+    task.load_state_dict(read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"])
+    data = instantiate(config.data)
+    data.setup()
+    total = count = 0.0
+    for number, batch in enumerate(data.test_dataloader()):
+        patches, valid = task.patches(batch)
+        noise = task.model.draw_noise(patches, "multi", torch.Generator().manual_seed(number))
+        with torch.inference_mode():
+            result = task.model.reconstruct(patches, "multi", noise, valid)
+        where = ~result.hidden_channels[:, :, None] & result.hidden_positions[:, None]
+        error = (result.prediction - patches.pixels).square()[where]
+        total, count = total + float(error.sum()), count + error.numel()
+    found = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]["positions"]["Hyper-MAE"]
+    assert found == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(configure):
+    config = configure("task.channel_sampling=[0.3,0.9]", "model.normalise_targets=true")
+    train(config)
+    whole = read_checkpoint(run_folder(config) / "checkpoints" / "last.ckpt")
+
+    def stop(self):
+        if self.current_epoch == 1:
+            raise RuntimeError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HyperMAEPretraining, "on_train_epoch_start", stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+    folder = run_folder(config)
+    assert not (folder / "metrics.json").exists()
+    train(configure(*[f"ckpt_path={folder}/checkpoints/last.ckpt"], "task.channel_sampling=[0.3,0.9]",
+                    "model.normalise_targets=true"))  # fmt: skip
+    resumed = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    assert len(resumed["history"]) == 3
+
+
+def test_wrong_options_end_before_work(configure, tmp_path):
+    with pytest.raises(ConfigError, match="modal_mode is 'infrared'"):
+        train(configure("task.modal_mode=infrared"))
+    with pytest.raises(ConfigError, match="channel_sampling"):
+        train(configure("task.channel_sampling=[0.5,0.2]"))
+    with pytest.raises(ConfigError, match="the images have none"):
+        train(configure("task.modal_mode=radar"))
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(configure(f"ckpt_path={broken}"))

@@ -1,0 +1,257 @@
+"""One run of Hyper-MAE on tiles: training, errors on held-out tiles beside fillings that learn nothing, pictures."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vision_lowrank.data.tile_module import TileDataModule
+from vision_lowrank.errors import CheckpointError
+from vision_lowrank.evaluation.reconstruction import (
+    KINDS,
+    fill_over_space,
+    fill_over_wavelength,
+    fill_with_mean,
+    squared_errors,
+)
+from vision_lowrank.evaluation.tables import summarise
+from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
+from vision_lowrank.instantiate import instantiate
+from vision_lowrank.models.hyper_mae import Reconstruction
+from vision_lowrank.models.less_vit import assemble
+from vision_lowrank.plots.curves import save_curves
+from vision_lowrank.plots.reconstructions import save_reconstructions, save_spectra
+from vision_lowrank.precision import choose_precision
+from vision_lowrank.runs import process_rank, start_run, write_csv, write_json
+from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
+
+logger = logging.getLogger(__name__)
+
+PICTURED_TILES = 4
+TITLES = {
+    "positions": "hidden positions, shown channels",
+    "channels": "shown positions, hidden channels",
+    "both": "both hidden",
+}
+# sums of squared errors and numbers of values, by kind of hiding and filling
+Errors = dict[str, dict[str, list[float]]]
+
+
+def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Pretrains on the tiles of the configuration and leaves a run folder.
+
+    The folder holds `encoder/` (for `LessViT.from_pretrained`), `history.csv`, pictures, `checkpoints/`, and, written
+    last, `metrics.json`.
+
+    Returns:
+        The folder, and the mean squared error by kind of hiding and filling; empty on ranks other than 0.
+
+    Raises:
+        VisionLowRankError: anything that the user can mend; what can be checked before work starts is.
+    """
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    if config.ckpt_path is not None:
+        read_checkpoint(config.ckpt_path)
+    data: TileDataModule = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    task: HyperMAEPretraining = instantiate(config.task, model=instantiate(config.model))
+    folder = (
+        start_run(config, precision, {}) if config.ckpt_path is None else Path(config.ckpt_path).resolve().parents[1]
+    )
+    for name, source in data.sources.items():
+        logger.info(
+            "%s: %d training, %d validation, %d test tiles of %d x %d pixels, %d channels",
+            *(name, source.train.size, source.validation.size, source.test.size, source.size, source.size),
+            len(source.bands),
+        )
+    best, last = checkpoints(folder, "val/loss", "min")
+    trainer = make_trainer(config, precision, [best, last], use_distributed_sampler=False)
+    started = time.perf_counter()
+    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if process_rank() > 0:
+        return folder, {}
+    seconds = time.perf_counter() - started
+    if not best.best_model_path:
+        raise CheckpointError("no epoch was finished, so there are no weights to keep; raise trainer.max_epochs")
+    task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
+    task.model.encoder.save_pretrained(folder / "encoder")
+    write_csv(folder / "history.csv", task.history)
+    _save_curves(folder / "curves.png", task.history)
+    errors = evaluate_reconstruction(task.eval(), data, precision, folder)
+    facts = {
+        "seconds": seconds,
+        "epochs": task.history[-1]["epoch"],
+        "parameters": sum(parameter.numel() for parameter in task.parameters()),
+        "encoder_parameters": sum(parameter.numel() for parameter in task.model.encoder.parameters()),
+        "normalised_targets": task.model.normalise_targets,
+    }
+    write_json(folder / "metrics.json", {"seed": config.seed, "mean_squared_error": errors, "facts": facts})
+    return folder, errors
+
+
+def evaluate_reconstruction(
+    task: HyperMAEPretraining, data: TileDataModule, precision: str, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Hides parts of held-out tiles, fills them by the model and by simple means, and draws the first tiles.
+
+    Errors are in the units of the model's targets: of standardised bands, or of standardised patches.
+
+    Args:
+        task: with the weights to judge, in evaluation mode.
+        data: after `setup`; its test tiles are used, or its validation tiles where there are none.
+        precision: Lightning's precision string.
+        folder: where pictures go.
+
+    Returns:
+        Mean squared error by kind of hiding and filling.
+    """
+    held_out = any(source.test.size for source in data.sources.values())
+    loader = data.test_dataloader() if held_out else data.val_dataloader()
+    totals: Errors = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    for number, batch in enumerate(loader):
+        result, scale, valid = _reconstruct(task, batch, number, precision)
+        tiles = [_tile(task, batch, result, scale, valid, index) for index in range(len(batch["image"]))]
+        for tile in tiles:
+            found = squared_errors(
+                tile["target"], tile["fillings"], tile["hidden_channels"], tile["hidden_pixels"], tile["valid"]
+            )
+            for kind, by_filling in found.items():
+                for name, (total, count) in by_filling.items():
+                    totals[kind][name][0] += total
+                    totals[kind][name][1] += count
+        if number == 0:
+            _save_pictures(folder, tiles[:PICTURED_TILES], batch["wavelengths"][0].numpy())
+    return {
+        kind: {name: total / count for name, (total, count) in by_filling.items() if count}
+        for kind, by_filling in totals.items()
+    }
+
+
+def report_pretraining(errors: Sequence[Mapping[str, Mapping[str, float]]], title: str) -> str:
+    """Prints mean squared errors over runs and returns them as a Markdown table."""
+    names = list(dict.fromkeys(name for run in errors for kind in KINDS for name in run.get(kind, ())))
+    table = Table(title=title, box=SIMPLE)
+    table.add_column("mean squared error")
+    lines = ["| mean squared error | " + " | ".join(names) + " |", "| :--- |" + " ---: |" * len(names)]
+    for name in names:
+        table.add_column(name, justify="right")
+    for kind in KINDS:
+        cells = []
+        for name in names:
+            values = [run[kind][name] for run in errors if name in run.get(kind, ())]
+            summary = summarise(values) if values else None
+            spread = "" if summary is None or summary.std is None else f" ± {summary.std:.3f}"
+            cells.append("-" if summary is None else f"{summary.mean:.3f}{spread}")
+        table.add_row(TITLES[kind], *cells)
+        lines.append(f"| {TITLES[kind]} | " + " | ".join(cells) + " |")
+    Console(width=max(Console().width, 110)).print(table)
+    return "\n".join(lines) + "\n"
+
+
+def _reconstruct(
+    task: HyperMAEPretraining, batch: Mapping[str, Tensor], number: int, precision: str
+) -> tuple[Reconstruction, tuple[Tensor, Tensor], Tensor]:
+    """Returns the reconstruction of a batch under masks that its number decides, the targets' scale, valid pixels."""
+    generator = torch.Generator().manual_seed(number)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
+        patches, valid = task.patches(batch)
+        noise = task.model.draw_noise(patches, "multi", generator)
+        result = task.model.reconstruct(patches, "multi", noise, valid)
+        return result, task.model.target_scale(patches.pixels.float(), valid), valid
+
+
+def _tile(
+    task: HyperMAEPretraining,
+    batch: Mapping[str, Tensor],
+    result: Reconstruction,
+    scale: tuple[Tensor, Tensor],
+    valid: Tensor,
+    index: int,
+) -> dict[str, Any]:
+    """Returns the arrays of one tile that errors and pictures need, in the units of the targets."""
+    encoder = task.model.encoder
+    image = batch["image"][index].numpy()
+    height, width = image.shape[-2:]
+    rows = -(-height // encoder.patch_size)
+
+    def whole(patches: Tensor) -> np.ndarray:
+        array: np.ndarray = assemble(patches[index : index + 1].float(), rows)[0, :, :height, :width].numpy()
+        return array
+
+    size = encoder.patch_size**2
+    places = result.hidden_positions[:, None, :, None].expand(-1, -1, -1, size)
+    hidden_pixels = whole(places)[0] > 0
+    hidden_channels = result.hidden_channels[index].numpy()
+    wavelengths = batch["wavelengths"][index].numpy()
+    shift, gain = (whole(part.expand(-1, -1, -1, size)) for part in scale)
+    fillings = {
+        "mean": fill_with_mean(image, hidden_channels, hidden_pixels),
+        "over space": fill_over_space(image, hidden_channels, hidden_pixels),
+        "over wavelength": fill_over_wavelength(image, hidden_channels, hidden_pixels, wavelengths),
+    }
+    return {
+        "target": whole(result.target),
+        "fillings": {"Hyper-MAE": whole(result.prediction)}
+        | {name: (filled - shift) * gain for name, filled in fillings.items()},
+        "hidden_channels": hidden_channels,
+        "hidden_pixels": hidden_pixels,
+        "valid": whole(valid.unsqueeze(1).float())[0] > 0,
+    }
+
+
+def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths: np.ndarray) -> None:
+    """Draws reconstructions in colour, and the spectra of two pixels that were shown and two that were not."""
+    red, green, blue = (int(np.abs(wavelengths - target).argmin()) for target in (650.0, 550.0, 450.0))
+    interpolated = "over wavelength"
+    save_reconstructions(
+        folder / "reconstructions.png",
+        np.stack([tile["target"] for tile in tiles]),
+        np.stack([tile["hidden_pixels"] for tile in tiles]),
+        {
+            "reconstruction": np.stack([tile["fillings"]["Hyper-MAE"] for tile in tiles]),
+            "interpolation": np.stack([tile["fillings"][interpolated] for tile in tiles]),
+        },
+        (red, green, blue),
+    )
+    spectra, hidden, titles = [], [], []
+    for number, tile in enumerate(tiles[:2]):
+        for shown in (True, False):
+            places = np.argwhere(tile["hidden_pixels"] != shown)
+            row, column = places[len(places) // 2]
+            spectra.append(
+                {"target": tile["target"][:, row, column]}
+                | {"reconstruction": tile["fillings"]["Hyper-MAE"][:, row, column]}
+                | {"interpolation": tile["fillings"][interpolated][:, row, column]}
+            )
+            hidden.append(tile["hidden_channels"] | (not shown))
+            titles.append(f"tile {number}, row {row}, column {column}: position {'shown' if shown else 'hidden'}")
+    save_spectra(folder / "spectra.png", wavelengths, np.stack(hidden), spectra, titles)
+
+
+def _save_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    epochs = [row["epoch"] for row in history]
+    panels = {
+        part: {
+            name: (epochs, [row.get(f"{key}/{part}", float("nan")) for row in history])
+            for name, key in (("training", "train"), ("validation", "val"))
+        }
+        for part in ("loss", "position loss", "channel loss")
+    }
+    panels["learning rate"] = {"AdamW": (epochs, [row["learning rate"] for row in history])}
+    best = min(history, key=lambda row: row.get("val/loss", float("inf")))
+    save_curves(path, panels, best["epoch"])
