@@ -54,8 +54,8 @@ def configure(card, tmp_path, repository):
                 [
                     "experiment=hyper_mae_indian_pines", f"{source}.card={card}", f"{source}.root={card.parent}",
                     f"{source}.size=8", f"{source}.stride=4", f"{source}.cell=16", "data.batch_size=8",
-                    "model.encoder.patch_size=2", "model.encoder.embed_dim=48", "model.encoder.depth=2",
-                    "model.decoder_dim=32", "model.decoder_depth=1", "model.decoder_heads=2",
+                    "model.encoder.patch_size=2", "model.encoder.embed_dim=48", "model.encoder.num_heads=6", "model.encoder.depth=2",
+                    "model.decoder_dim=32", "model.decoder_depth=1", "model.decoder_heads=4",
                     "model.channel_mask_ratio=0.5", "task.learning_rate=0.003", "trainer.max_epochs=3",
                     "trainer.precision=32-true", f"runs_root={tmp_path}", *overrides,
                 ],
@@ -69,7 +69,7 @@ def run_folder(config):
 
 
 def test_run_learns_and_leaves_everything_behind(configure, capsys):
-    config = configure("trainer.max_epochs=40", "task.channel_sampling=[0.5,1.0]", "model.encoder.field_radius=40")
+    config = configure("trainer.max_epochs=60", "task.learning_rate=0.002", "model.encoder.field_radius=40")
     assert train(config) == []
     folder = run_folder(config)
     names = {path.name for path in folder.iterdir()}

@@ -8,6 +8,7 @@ from torch import nn
 
 from vision_lowrank.adapters import GatedLoRA, LoRA, inject
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers import kronecker_attention
 from vision_lowrank.models.layers.embeddings import rotate
 from vision_lowrank.models.layers.joint_attention import JointAttention
 from vision_lowrank.models.layers.kronecker_attention import (
@@ -102,7 +103,10 @@ def test_attention_and_gradients_are_those_of_the_definition(rank, shared, kind)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, 5, 8])
 @pytest.mark.parametrize(("channels", "positions"), [(1, 1), (6, 4), (2, 17)])
-def test_all_orders_of_contraction_agree(bias, rank, channels, positions):
+@pytest.mark.parametrize("numbers", [1 << 21, 600])
+def test_all_orders_of_contraction_agree(bias, rank, channels, positions, numbers, monkeypatch):
+    # a folded weight of all positions at once, and of a few at a time
+    monkeypatch.setattr(kronecker_attention, "FOLDED_NUMBERS", numbers)
     torch.manual_seed(0)
     x = torch.randn(2, rank, 3, channels, 2, dtype=torch.float64)
     y = torch.randn(2, rank, 3, positions, 4, dtype=torch.float64)

@@ -27,6 +27,9 @@ from vision_lowrank.models.layers.embeddings import Rotation, rotate
 # what writing and reading back one number costs, in multiply-adds; measured on processors
 COST_OF_A_NUMBER = 24
 
+# a folded weight is made for so many positions at a time that it stays in the processor's cache
+FOLDED_NUMBERS = 1 << 21
+
 Order = Literal["product", "fold_channel", "fold_spatial"]
 
 
@@ -204,25 +207,30 @@ def kronecker_projection(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | No
     """
     if order == "product":
         return F.linear(kronecker_sum(x, y), weight, bias)
-    heads, channels, positions, dim = x.shape[2], x.shape[3], y.shape[3], len(weight)
-    kernel = rearrange(weight, "o (h a s) -> h a s o", h=heads, a=x.shape[-1])
+    dim = len(weight)
+    kernel = rearrange(weight, "o (h a s) -> h a s o", h=x.shape[2], a=x.shape[-1])
     if order == "fold_channel":
         # (B, r, h, C, a) (h, a, s D) -> (B, r h s, C D)
         folded = (x @ kernel.flatten(2)).unflatten(-1, (-1, dim))
         folded = rearrange(folded, "b r h c s o -> b (r h s) (c o)")
-        factor = rearrange(y, "b r h n s -> b n (r h s)")
-    else:
+        out = _product_with_bias(rearrange(y, "b r h n s -> b n (r h s)"), folded, bias)
+        return rearrange(out, "b n (c o) -> b c n o", o=dim)
+    factor = rearrange(x, "b r h c a -> b c (r h a)")
+    kernel = kernel.contiguous()
+    parts = [
         # (B, r, h, 1, N, s) (h, a, s, D) -> (B, r h a, N D)
-        folded = (y.unsqueeze(3) @ kernel).flatten(1, 3).flatten(2)
-        factor = rearrange(x, "b r h c a -> b c (r h a)")
+        _product_with_bias(factor, (part.unsqueeze(3) @ kernel).flatten(1, 3).flatten(2), bias).unflatten(-1, (-1, dim))
+        for part in y.split(max(1, FOLDED_NUMBERS // (factor.shape[2] * dim * len(x))), dim=3)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _product_with_bias(factor: Tensor, folded: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiplies (B, M, K) by (B, K, L D) and adds the bias (D,) to each of the L outputs."""
     if bias is None:
-        out = factor @ folded
-    else:
-        repeated = bias.to(folded.dtype).repeat(folded.shape[-1] // dim)
-        out = torch.baddbmm(repeated.expand(1, 1, -1), factor, folded)
-    if order == "fold_channel":
-        return rearrange(out, "b n (c o) -> b c n o", c=channels)
-    return out.unflatten(-1, (positions, dim))
+        return factor @ folded
+    repeated = bias.to(folded.dtype).repeat(folded.shape[-1] // len(bias))
+    return torch.baddbmm(repeated.expand(1, 1, -1), factor, folded)
 
 
 def kronecker_sum(x: Tensor, y: Tensor) -> Tensor:
