@@ -54,7 +54,8 @@ def configure(card, tmp_path, repository):
                 [
                     "experiment=hyper_mae_indian_pines", f"{source}.card={card}", f"{source}.root={card.parent}",
                     f"{source}.size=8", f"{source}.stride=4", f"{source}.cell=16", "data.batch_size=8",
-                    "model.encoder.patch_size=2", "model.encoder.embed_dim=48", "model.encoder.num_heads=6", "model.encoder.depth=2",
+                    "model.encoder.patch_size=2", "model.encoder.embed_dim=48", "model.encoder.num_heads=6",
+                    "model.encoder.depth=2",
                     "model.decoder_dim=32", "model.decoder_depth=1", "model.decoder_heads=4",
                     "model.channel_mask_ratio=0.5", "task.learning_rate=0.003", "trainer.max_epochs=3",
                     "trainer.precision=32-true", f"runs_root={tmp_path}", *overrides,
