@@ -78,6 +78,8 @@ def test_run_learns_and_leaves_everything_behind(configure, capsys):
         "config.yaml", "provenance.json", "history.csv", "curves.png", "reconstructions.png", "spectra.png", "encoder",
         "metrics.json", "table.md", "checkpoints",
     }  # fmt: skip
+    hashes = json.loads((folder / "provenance.json").read_text())["data"]
+    assert {Path(name).name for name in hashes} == {"image.npy", "labels.npy"}
     errors = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]
     assert errors["channels"]["Hyper-MAE"] < 0.8 * errors["channels"]["mean"]
     assert f"{errors['both']['Hyper-MAE']:.3f}" in (folder / "table.md").read_text()

@@ -68,9 +68,11 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     data.prepare_data()
     data.setup()
     task: HyperMAEPretraining = instantiate(config.task, model=instantiate(config.model))
-    folder = (
-        start_run(config, precision, {}) if config.ckpt_path is None else Path(config.ckpt_path).resolve().parents[1]
-    )
+    if config.ckpt_path is None:
+        hashes = [pair for source in data.sources.values() for pair in source.hashes().items()]
+        folder = start_run(config, precision, dict(hashes))
+    else:
+        folder = Path(config.ckpt_path).resolve().parents[1]
     for name, source in data.sources.items():
         logger.info(
             "%s: %d training, %d validation, %d test tiles of %d x %d pixels, %d channels",

@@ -77,6 +77,10 @@ class TileSource(ABC):
             ConfigError: the tiles are too few to be divided as asked.
         """
 
+    def hashes(self) -> dict[str, str]:
+        """Returns the sha256 of the files by path, after `setup`; none for folders, which may hold millions."""
+        return {}
+
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Returns a tile in the units of the files, float32 (channels, size, size), NaN where a band has no value."""
@@ -172,6 +176,10 @@ class SceneTiles(TileSource):
             )
         self._divide(places, subsets, f"scene {scene.name}")
         self.scene = scene
+
+    def hashes(self) -> dict[str, str]:
+        """Returns the sha256 of the scene's files by path, after `setup`."""
+        return {} if self.scene is None else self.scene.hashes
 
     def read(self, index: int) -> np.ndarray:
         """Returns a tile, float32 (channels, size, size), NaN in every band of pixels that lack one."""

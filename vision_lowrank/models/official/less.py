@@ -42,8 +42,9 @@ class OfficialKroneckerAttention(nn.Module):
         self.attention = attention
 
     def forward(self, x_c: Tensor, x_s: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (B, C, channel_dim), (B, N, spatial_dim) and a bool mask (N, N) to (B, C, N, D)."""
-        y: Tensor = self.attention(x_c, x_s, Context(field=None if mask is None else mask[None, None]))
+        """Maps (B, C, channel_dim), (B, N, spatial_dim) and a bool mask (N, N) or (B, 1, N, N) to (B, C, N, D)."""
+        field = None if mask is None else mask.reshape(-1, 1, *mask.shape[-2:])
+        y: Tensor = self.attention(x_c, x_s, Context(field=field))
         return y
 
 
