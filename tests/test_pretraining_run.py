@@ -141,6 +141,10 @@ def test_wrong_options_end_before_work(configure, tmp_path):
         train(configure("task.channel_sampling=[0.5,0.2]"))
     with pytest.raises(ConfigError, match="the images have none"):
         train(configure("task.modal_mode=radar"))
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}, "history": [], "strength": None}, other)
+    with pytest.raises(CheckpointError, match="not of this task"):
+        train(configure(f"ckpt_path={other}"))
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="damaged"):

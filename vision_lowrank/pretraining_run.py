@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.tile_module import TileDataModule
 from vision_lowrank.errors import CheckpointError
 from vision_lowrank.evaluation.reconstruction import (
@@ -63,7 +64,7 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     L.seed_everything(config.seed, workers=True, verbose=False)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     if config.ckpt_path is not None:
-        read_checkpoint(config.ckpt_path)
+        read_checkpoint(config.ckpt_path, "modal_mode")
     data: TileDataModule = instantiate(config.data)
     data.prepare_data()
     data.setup()
@@ -218,7 +219,6 @@ def _tile(
 
 def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths: np.ndarray) -> None:
     """Draws reconstructions in colour, and the spectra of two pixels that were shown and two that were not."""
-    red, green, blue = (int(np.abs(wavelengths - target).argmin()) for target in (650.0, 550.0, 450.0))
     interpolated = "over wavelength"
     save_reconstructions(
         folder / "reconstructions.png",
@@ -228,7 +228,7 @@ def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths
             "reconstruction": np.stack([tile["fillings"]["Hyper-MAE"] for tile in tiles]),
             "interpolation": np.stack([tile["fillings"][interpolated] for tile in tiles]),
         },
-        (red, green, blue),
+        Bands(wavelengths).rgb(),
     )
     spectra, hidden, titles = [], [], []
     for number, tile in enumerate(tiles[:2]):

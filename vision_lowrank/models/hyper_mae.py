@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.models.layers.embeddings import position_wavelength_embedding
 from vision_lowrank.models.less_vit import (
     Block,
     LessViT,
@@ -150,7 +149,7 @@ class HyperMAE(nn.Module):
             valid: bool (B, N, p p), pixels whose error counts; None for all.
 
         Raises:
-            ConfigError: the masks leave nothing visible, or hide nothing.
+            ConfigError: the masks leave nothing visible.
         """
         channels, positions = self._keep(patches, seen, noise)
         batch, total, count = patches.pixels.shape[:3]
@@ -215,9 +214,7 @@ class HyperMAE(nn.Module):
         x[sample, rows[:, :, None], columns[:, None, :]] = tokens
         coordinates = patches.coordinates
         if self.decoder_embedding == "sincos":
-            unit = self.encoder.patch_size if self.encoder.position_unit == "patches" else 1.0
-            spectral, spatial = position_wavelength_embedding(coordinates, x.shape[-1], unit)
-            x = x + spectral.to(x.dtype) + spatial.to(x.dtype)
+            x = self.encoder.add_coordinates(x, coordinates)
         context = make_context(
             *(coordinates, self.encoder.field_radius, self.decoder_embedding or "none", self.decoder_turned),
             self.encoder.wavelength_range,

@@ -303,8 +303,10 @@ class LessViT(
             [self.cls_token.expand(batch, 1, 1, -1), self.spatial_cls_token.expand(batch, tokens.shape[1], 1, -1)], 1
         )
         x = torch.cat([column, torch.cat([row.to(tokens.dtype), tokens], 1)], 2)
-        if self.embedding == "rope":
-            return x
+        return x if self.embedding == "rope" else self.add_coordinates(x, coordinates)
+
+    def add_coordinates(self, x: Tensor, coordinates: Coordinates) -> Tensor:
+        """Adds to tokens (B, 1 + C, 1 + N, any width) where they lie."""
         unit = self.patch_size if self.position_unit == "patches" else 1.0
         spectral, spatial = position_wavelength_embedding(coordinates, x.shape[-1], unit)
         return x + spectral.to(x.dtype) + spatial.to(x.dtype)

@@ -212,8 +212,9 @@ class HyperMAEPretraining(L.LightningModule):
         self.history.append({"epoch": float(self.current_epoch + 1), **row, "learning rate": rate})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the history to a checkpoint, as plain numbers."""
+        """Adds the history to a checkpoint, as plain numbers, and what tells that it is of this task."""
         checkpoint["history"] = self.history
+        checkpoint["modal_mode"] = self.modal_mode
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the history of a checkpoint."""
