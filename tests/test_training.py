@@ -20,7 +20,8 @@ from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError, ConfigError, VisionLowRankError
 from vision_lowrank.evaluation.tables import read_result
 from vision_lowrank.fitting import read_checkpoint
-from vision_lowrank.models import LolaSpecViT
+from vision_lowrank.models import LessViT, LolaSpecViT
+from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.tasks.scene_classification import SceneClassification
 from vision_lowrank.training import train
 
@@ -216,6 +217,94 @@ def test_a_base_that_learned_test_labels_is_refused(configure):
     assert not result.facts["transductive"]
 
 
+@pytest.fixture
+def configure_windows(scene, tmp_path, repository):
+    """Function that composes the configuration of a short run of LESS ViT on windows, with further overrides."""
+
+    def make(*overrides):
+        with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+            return compose(
+                "train",
+                [
+                    "experiment=less_vit_indian_pines",
+                    "name=own_scene",
+                    f"data.card={scene}",
+                    f"data.root={scene.parent}",
+                    f"runs_root={tmp_path / 'runs'}",
+                    "data/split=random",
+                    "data.split.train=0.2",
+                    "data.split.validation=0.1",
+                    "data.size=4",
+                    "data.stride=2",
+                    "model.encoder.embed_dim=32",
+                    "model.encoder.depth=1",
+                    "model.encoder.num_heads=2",
+                    "model.pool_heads=2",
+                    "task.channel_sampling=[0.5,1]",
+                    "task.learning_rate=0.01",
+                    "trainer.max_epochs=6",
+                    "trainer.precision=32-true",
+                    "baselines=null",
+                    *overrides,
+                ],
+            )
+
+    return make
+
+
+def test_a_network_labels_windows_and_bands_that_training_lacked(configure_windows):
+    config = configure_windows("data.bands=[400,800]", "data.other_bands={long: [600, 960]}")
+    own, other = train(config)
+    folder = run_folder(config)
+    split = Split.load(folder / "split.npz")
+    scene = np.load(Path(config.data.root) / "labels.npy").astype(int) - 1
+    for result, place in ((own, folder), (other, folder / "other_bands" / "long")):
+        predicted = np.load(place / "prediction.npy").reshape(-1)
+        right = predicted[split.test] == scene.reshape(-1)[split.test]
+        assert result.scores["test"].oa == pytest.approx(right.mean())
+    # stripes are easy with the bands of training
+    assert own.scores["test"].oa > 0.9
+
+
+def test_a_probe_trains_nothing_but_the_head_on_its_base(configure_windows):
+    base = configure_windows("trainer.max_epochs=1")
+    train(base)
+    folder = run_folder(base) / "model"
+    probed = configure_windows("trainer.max_epochs=1", "regime=probe", f"base={folder}")
+    (result,) = train(probed)
+    before, after = load_file(folder / "model.safetensors"), load_file(run_folder(probed) / "model/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {name for name in before if name.startswith(("head.", "channel_pools."))}
+    assert changed == trained
+    assert result.facts["parameters"]["trainable"] == sum(before[name].numel() for name in trained)
+    model = LessSegmentation.from_pretrained(run_folder(probed) / "model")
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
+def test_an_encoder_alone_is_a_base_if_its_settings_match(configure_windows, tmp_path):
+    settings = {"patch_size": 2, "embed_dim": 32, "depth": 1, "num_heads": 2, "field_radius": 60}
+    encoder = LessViT(**(settings | {"channel_dim_per_head": 4, "radar": False}))
+    encoder.save_pretrained(tmp_path / "run" / "encoder")
+    config = configure_windows("trainer.max_epochs=1", "regime=probe", f"base={tmp_path / 'run' / 'encoder'}")
+    hashes = {"stripes": "of another scene"}
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({"data": hashes}))
+    (result,) = train(config)
+    assert not result.facts["transductive"]
+    kept = load_file(run_folder(config) / "model/model.safetensors")
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(kept[f"encoder.{name}"], value), name
+
+    seen = json.loads((run_folder(config) / "provenance.json").read_text())["data"]
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({"data": seen}))
+    (result,) = train(config)
+    assert result.facts["transductive"]
+
+    with pytest.raises(ConfigError, match=r"rank is 1, model\.encoder has 2"):
+        train(configure_windows(f"base={tmp_path / 'run' / 'encoder'}", "model.encoder.rank=2"))
+
+
 def weights(folder):
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
@@ -294,7 +383,7 @@ def test_a_checkpoint_of_another_split_is_refused(configure):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["regime=both"], "can be full or adapt"),
+        (["regime=both"], "can be full, probe or adapt"),
         (["+colour=red"], "unknown key colour"),
         (["+model.dims=3"], "dims"),
         (["data.patch_size=27"], "larger than the scene"),
@@ -329,7 +418,7 @@ def test_every_experiment_composes_with_every_split(repository, experiment, spli
     with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
         config = compose("train", [f"experiment={experiment}", f"data/split={split}"])
     assert config.data.split.kind == split
-    if experiment not in ("own_scene", "indian_pines_blocks"):
+    if experiment not in ("own_scene", "indian_pines_blocks", "less_vit_indian_pines"):
         assert config.data.card == config.name == load_card(experiment).name
 
 

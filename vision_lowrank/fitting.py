@@ -1,5 +1,6 @@
-"""Training of a network on a prepared scene: in full, or by adapters on a base; checkpoints and what is kept."""
+"""Training of a network on a prepared scene: all of it, its head, or adapters; checkpoints and what is kept."""
 
+import json
 import logging
 import pickle
 import time
@@ -15,12 +16,14 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 from torch import nn
 
-from vision_lowrank.adapters import count_parameters, inject, save_adapter
+from vision_lowrank.adapters import count_parameters, freeze_except, inject, save_adapter
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
+from vision_lowrank.models.heads import LessSegmentation
+from vision_lowrank.models.less_vit import LessViT
 from vision_lowrank.reporting import save_training_curves
 from vision_lowrank.runs import process_rank, write_csv
 from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def fit_network(
     config: DictConfig, data: SceneDataModule, folder: Path, checkpoint: Mapping[str, Any] | None, precision: str
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Trains, keeps the weights of the best epoch on the validation pixels and applies them to the whole scene.
 
     Writes `model/` (weights and settings), `adapter/` with adapters, `history.csv`, `curves.png` and `checkpoints/`.
@@ -44,40 +47,25 @@ def fit_network(
         precision: Lightning's precision string.
 
     Returns:
-        Probabilities, float32 (height * width, classes), and facts for `metrics.json`; empty on ranks other than 0.
+        Probabilities, float32 (height * width, classes), by the name in `data.predict_dataloaders`, and facts for
+        `metrics.json`; empty on ranks other than 0.
 
     Raises:
         VisionLowRankError: see `training.train`.
     """
-    facts: dict[str, Any] = {"transductive": False}
-    if config.regime == "adapt":
-        if checkpoint is not None:
-            model = _load_base(config, data, folder / "model")
-        elif config.base is not None:
-            _check_base(data, Path(config.base))
-            model = _load_base(config, data, Path(config.base))
-        else:
-            model = _pretrain(config, data, folder, precision)
-        if checkpoint is None:
-            model.reset_classifier(data.num_classes)
-            _save_model(model, folder / "model")
-        facts["transductive"] = config.base is None or (Path(config.base).parent / "pretraining.csv").exists()
-        inject(
-            model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train)
-        )
-    else:
-        model = _build(config, data)
+    model, transductive = _prepare_model(config, data, folder, checkpoint is not None, precision)
+    facts: dict[str, Any] = {"transductive": transductive}
     task = _make_task(config, data, model)
     best, last = checkpoints(folder, CHOICE, "max")
     # while a cycle begins anew validation at full strength says little, for longer than any patience
-    patience = config.patience if config.regime == "full" else config.trainer.max_epochs
+    patience = config.trainer.max_epochs if config.regime == "adapt" else config.patience
     trainer = make_trainer(config, precision, [best, last, EarlyStopping(CHOICE, patience=patience, mode="max")])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if process_rank() > 0:
-        return np.empty(0), {}
+        return {}, {}
     facts["training_seconds"] = time.perf_counter() - started
     task.load_state_dict(read_checkpoint(best.best_model_path, "strength")["state_dict"])
     kept = max(task.history, key=lambda row: row[CHOICE])
@@ -92,10 +80,13 @@ def fit_network(
     if config.regime == "adapt":
         save_adapter(model, folder / "adapter")
     else:
-        _save_model(model, folder / "model")
+        model.save_pretrained(folder / "model")
     started = time.perf_counter()
     device = str(trainer.strategy.root_device)
-    probabilities = predict_probabilities(task, data.predict_dataloader(), precision, device).numpy()
+    probabilities = {
+        name: data.assemble(predict_probabilities(task, loader, precision, device).numpy())
+        for name, loader in data.predict_dataloaders().items()
+    }
     facts["map_seconds"] = time.perf_counter() - started
     return probabilities, facts
 
@@ -143,10 +134,34 @@ def read_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
     return content
 
 
+def _prepare_model(
+    config: DictConfig, data: SceneDataModule, folder: Path, resumed: bool, precision: str
+) -> tuple[Any, bool]:
+    """Returns the model of a regime, ready to be trained, and whether it has seen the scene without labels before."""
+    adapted = config.regime == "adapt"
+    transductive = _saw_scene(data, Path(config.base)) if config.base is not None else adapted
+    if adapted and resumed:
+        model = _load_base(config, data, folder / "model")
+    else:
+        if config.base is not None:
+            _check_base(data, Path(config.base))
+            model = _load_base(config, data, Path(config.base))
+        else:
+            model = _pretrain(config, data, folder, precision) if adapted else _build(config, data)
+        model.reset_classifier(data.num_classes)
+    if adapted:
+        if not resumed:
+            model.save_pretrained(folder / "model")
+        inject(
+            model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train)
+        )
+    elif config.regime == "probe":
+        freeze_except(model, list(config.adapter.train))
+    return model, transductive
+
+
 def _build(config: DictConfig, data: SceneDataModule) -> Any:
-    model: Any = instantiate(
-        config.model, in_chans=data.num_channels, num_classes=data.num_classes, img_size=data.patch_size
-    )
+    model: Any = instantiate(config.model, **data.model_arguments())
     return model
 
 
@@ -164,16 +179,44 @@ def _check_base(data: SceneDataModule, folder: Path) -> None:
         )
 
 
+def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
+    """Tells whether a base was trained without labels on the files of this scene, as far as its run folder tells."""
+    run = folder.parent
+    if (run / "split.npz").exists():
+        return (run / "pretraining.csv").exists()
+    try:
+        seen = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["data"].values()
+    except (OSError, ValueError, KeyError):
+        return False
+    return not set(seen).isdisjoint(data.scene.hashes.values())
+
+
 def _load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     """Returns the base in `folder` after comparing it with the configuration."""
     model = _build(config, data)
-    kind = type(model)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"base {folder}: no config.json there; give the `model` folder of a run")
+        raise CheckpointError(
+            f"base {folder}: no config.json there; give the `model` folder of a run, or the `encoder` of a pretraining"
+        )
     try:
-        base = kind.from_pretrained(folder, local_files_only=True)
+        parts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # a segmentation model's settings hold those of its encoder
+        kind = LessViT if isinstance(model, LessSegmentation) and "encoder" not in parts else type(model)
+        base: Any = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"base {folder}: cannot be loaded as {kind.__name__} ({error})") from error
+        raise CheckpointError(f"base {folder}: cannot be loaded as {type(model).__name__} ({error})") from error
+    if isinstance(model, LessSegmentation):
+        encoder = base.encoder if isinstance(base, LessSegmentation) else base
+        for setting, needed in model.encoder.settings.items():
+            if encoder.settings[setting] != needed:
+                raise ConfigError(
+                    f"base {folder}: {setting} is {encoder.settings[setting]}, model.encoder has {needed}; set "
+                    f"model.encoder.{setting} to match"
+                )
+        if base is not encoder:
+            return base
+        model.encoder = encoder
+        return model
     for setting in ("in_chans", "img_size"):
         found, needed = getattr(base, setting), getattr(model, setting)
         if found != needed:
@@ -216,7 +259,3 @@ def make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callbac
         **changes,
     )
     return trainer
-
-
-def _save_model(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)

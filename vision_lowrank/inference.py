@@ -14,13 +14,13 @@ def predict_probabilities(
     """Runs a model over a loader's samples in their order.
 
     Args:
-        model: maps (batch, channels, side, side) to logits (batch, classes); left in evaluation mode on `device`.
-        loader: batches with an `image`.
+        model: maps a batch of the loader to logits (batch, classes, ...); left in evaluation mode on `device`.
+        loader: batches.
         precision: Lightning's precision string; "…-mixed" means autocast.
         device: where to compute.
 
     Returns:
-        float32 (samples, classes) on the CPU.
+        float32 (samples, classes, ...) on the CPU.
     """
     model.eval().to(device)
     dtype = AUTOCAST.get(precision)
@@ -28,5 +28,6 @@ def predict_probabilities(
     parts = []
     with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
         for batch in track(loader, "classifying pixels", transient=True):
-            parts.append(model(batch["image"].to(device)).float().softmax(dim=1).cpu())
+            moved = {name: value.to(device) for name, value in batch.items()}
+            parts.append(model(moved).float().softmax(dim=1).cpu())
     return torch.cat(parts)

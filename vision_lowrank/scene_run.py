@@ -50,7 +50,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     results: list[RunResult] = []
     if process_rank() == 0:
         for name, node in (config.baselines or {}).items():
-            if node != config.model:
+            if node is not None and node != config.model:
                 started = time.perf_counter()
                 probabilities, facts = fit_baseline(node, data)
                 facts |= {"seconds": time.perf_counter() - started}
@@ -58,13 +58,17 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     if is_baseline(config.model):
         name = config.model._target_.rpartition(".")[2]
         probabilities, facts = fit_baseline(config.model, data)
+        predictions = {"": probabilities}
     else:
         name = f"{config.model._target_.rpartition('.')[2]} {config.regime}"
-        probabilities, facts = fit_network(config, data, folder, checkpoint, precision)
-    if process_rank() == 0:
-        facts |= {"seconds": time.perf_counter() - begun}
-        results += _evaluate(config, data, folder, name, probabilities, facts)
-    return folder, results
+        predictions, facts = fit_network(config, data, folder, checkpoint, precision)
+    facts |= {"seconds": time.perf_counter() - begun}
+    rows: list[RunResult] = []
+    # the run's own folder last: its scores mark it as finished
+    for part, probabilities in sorted(predictions.items(), reverse=True):
+        place, title = (folder / "other_bands" / part, f"{name}, {part}") if part else (folder, name)
+        rows = _evaluate(config, data, place, title, probabilities, facts) + rows
+    return folder, results + rows
 
 
 def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> Path:

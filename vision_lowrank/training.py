@@ -39,8 +39,8 @@ def train(config: DictConfig) -> list[RunResult]:
     """
     if unknown := [str(key) for key in config if key not in KEYS]:
         raise ConfigError(f"unknown key {', '.join(unknown)} in the experiment; keys: {', '.join(KEYS)}")
-    if config.regime not in ("full", "adapt"):
-        raise ConfigError(f"regime={config.regime!r}: it can be full or adapt")
+    if config.regime not in ("full", "probe", "adapt"):
+        raise ConfigError(f"regime={config.regime!r}: it can be full, probe or adapt")
     seeds = [config.seed] if config.seeds is None else list(config.seeds)
     if len(seeds) > 1 and (config.ckpt_path is not None or config.trainer.devices != 1):
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")

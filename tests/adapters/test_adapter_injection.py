@@ -207,3 +207,18 @@ def test_freeze_statistics(toy):
     toy.train()
     toy(VOLUME)
     assert not torch.equal(toy.mix[1].running_mean, mean)
+
+
+def test_freeze_except_leaves_gradients_to_the_named_modules(vit):
+    adapters.freeze_except(vit, ["head", "blocks.1.norm1"])
+    trained = {name for name, parameter in vit.named_parameters() if parameter.requires_grad}
+    assert trained == {"head.weight", "head.bias", "blocks.1.norm1.weight", "blocks.1.norm1.bias"}
+    adapters.freeze_except(vit, ["head"])
+    assert {name for name, parameter in vit.named_parameters() if parameter.requires_grad} == {
+        "head.weight",
+        "head.bias",
+    }
+    with pytest.raises(AdapterError, match="heads"):
+        adapters.freeze_except(vit, ["heads"])
+    # a refusal leaves the model as it was
+    assert vit.head.weight.requires_grad

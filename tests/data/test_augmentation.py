@@ -1,6 +1,17 @@
+import numpy as np
+import pytest
 import torch
 
-from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetry, mixup, random_symmetries
+from vision_lowrank.data.augmentation import (
+    SYMMETRIES,
+    apply_symmetries,
+    apply_symmetry,
+    check_shares,
+    mixup,
+    random_symmetries,
+    sample_channels,
+)
+from vision_lowrank.errors import ConfigError
 
 
 def test_the_symmetries_are_the_eight_of_a_square():
@@ -41,3 +52,40 @@ def test_mixup_adds_a_share_of_a_partner():
     assert torch.equal(same, x)
     assert partner.tolist() == list(range(32))
     assert share == 1
+
+
+def test_a_share_of_the_channels_keeps_their_wavelengths():
+    generator = torch.Generator().manual_seed(1)
+    given = {
+        "image": torch.randn(2, 20, 4, 4, generator=generator),
+        "wavelengths": torch.linspace(450, 950, 20).expand(2, -1),
+        "label": torch.tensor([3, 1]),
+    }
+    counts = set()
+    for _ in range(30):
+        sampled = sample_channels(given, (0.2, 0.4))
+        chosen = torch.searchsorted(given["wavelengths"][0].contiguous(), sampled["wavelengths"][0].contiguous())
+        assert torch.equal(sampled["image"], given["image"][:, chosen])
+        assert chosen.unique().numel() == len(chosen)
+        assert torch.equal(sampled["label"], given["label"])
+        counts.add(len(chosen))
+    assert min(counts) >= 4
+    assert max(counts) <= 8
+    assert len(counts) > 2
+    assert sample_channels(given, None) is given
+
+
+@pytest.mark.parametrize("shares", [(0.4, 0.2), (0, 0.5), (0.5, 1.2), (0.5,)])
+def test_shares_out_of_order_are_refused(shares):
+    with pytest.raises(ConfigError, match="two shares, least first"):
+        check_shares(shares)
+
+
+def test_symmetries_chosen_for_each_sample_move_masks_like_images():
+    x = torch.arange(9.0).reshape(1, 3, 3).expand(SYMMETRIES, 3, 3)
+    found = apply_symmetries(x, torch.arange(SYMMETRIES))
+    turned = [np.rot90(x[0].numpy(), turns) for turns in range(4)]
+    expected = {tuple(z.flatten()) for y in turned for z in (y, np.fliplr(y))}
+    assert {tuple(y.flatten().tolist()) for y in found} == expected
+    pair = apply_symmetries(torch.stack([x, x + 9], 1), torch.arange(SYMMETRIES))
+    assert torch.equal(pair, torch.stack([found, found + 9], 1))

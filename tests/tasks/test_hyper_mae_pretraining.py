@@ -26,21 +26,6 @@ def batch(channels=20):
     }
 
 
-def test_a_step_uses_a_share_of_the_channels_with_their_wavelengths():
-    task = make(channel_sampling=(0.2, 0.4))
-    given = batch()
-    counts = set()
-    for _ in range(30):
-        sampled = task._sample_channels(given)
-        chosen = torch.searchsorted(given["wavelengths"][0].contiguous(), sampled["wavelengths"][0].contiguous())
-        assert torch.equal(sampled["image"], given["image"][:, chosen])
-        assert chosen.unique().numel() == len(chosen)
-        counts.add(len(chosen))
-    assert min(counts) >= 4
-    assert max(counts) <= 8
-    assert len(counts) > 2
-
-
 def test_invalid_pixels_follow_their_patches():
     task = make()
     given = batch()

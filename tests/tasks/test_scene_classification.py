@@ -127,7 +127,7 @@ def test_history_has_a_line_an_epoch_with_the_scores_of_the_final_weights():
     assert [row["epoch"] for row in task.history] == [1, 2, 3, 4, 5]
     task.eval()
     batches = list(loader())
-    logits = torch.cat([task(batch["image"]) for batch in batches])
+    logits = torch.cat([task(batch) for batch in batches])
     label = torch.cat([batch["label"] for batch in batches])
     last = task.history[-1]
     assert last["val/OA"] == pytest.approx((logits.argmax(1) == label).float().mean().item())
@@ -171,3 +171,37 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(accuracies
         task.history.append({"val/OA": accuracy})
         choices.append(logged["val/choice"])
     assert choices.index(max(choices)) + 1 == kept
+
+
+class PooledMaps(Pooled):
+    """Logits of every pixel from its own spectrum and its channels' wavelengths."""
+
+    def forward(self, x, wavelengths):
+        weighted = (self.norm(x) * (wavelengths / 500)[:, :, None, None]).movedim(1, -1)
+        return self.head(self.body(weighted).relu()).movedim(-1, 1)
+
+
+def test_loss_and_scores_of_maps_are_those_of_their_labelled_pixels():
+    torch.manual_seed(0)
+    task = make(PooledMaps().eval(), inputs=("image", "wavelengths"), balance=0.0)
+    task.log = lambda *args, **kwargs: None
+    batch = {
+        "image": torch.randn(6, 4, 5, 5),
+        "wavelengths": torch.tensor([400.0, 500, 700, 900]).expand(6, -1),
+        "label": torch.randint(3, (6, 5, 5)),
+    }
+    batch["label"][torch.rand(6, 5, 5) < 0.4] = 255
+    known = batch["label"] != 255
+    logits = task(batch).movedim(1, -1)[known]
+    expected = F.cross_entropy(logits, batch["label"][known], label_smoothing=0.2)
+    # pixels alone: symmetries move images and labels together, so that the loss stays
+    for seed in range(4):
+        torch.manual_seed(seed)
+        torch.testing.assert_close(task.training_step(batch, 0), expected)
+    task.on_validation_epoch_start()
+    task.validation_step(batch, 0)
+    assert task.validation_pixels == known.sum()
+    accuracy = (logits.argmax(1) == batch["label"][known]).float().mean()
+    scores = task.validation_scores.compute()
+    assert any(torch.isclose(value.float(), accuracy) for value in scores.values() if value.ndim == 0)
+    assert torch.equal(task.predict_step(batch, 0)[known], logits.argmax(1))

@@ -11,7 +11,7 @@ from vision_lowrank.adapters.control import (
     unmerge,
 )
 from vision_lowrank.adapters.files import load_adapter, save_adapter
-from vision_lowrank.adapters.injection import freeze_statistics, inject, merge_and_remove, remove
+from vision_lowrank.adapters.injection import freeze_except, freeze_statistics, inject, merge_and_remove, remove
 from vision_lowrank.adapters.layers import AdaptedLayer, folded_weight
 from vision_lowrank.adapters.methods import GatedLoRA, LoRA
 from vision_lowrank.adapters.schedule import CyclicalStrength
@@ -26,6 +26,7 @@ __all__ = [
     "count_parameters",
     "disabled",
     "folded_weight",
+    "freeze_except",
     "freeze_statistics",
     "full_strength",
     "inject",

@@ -80,6 +80,22 @@ def attach(model: nn.Module, methods: Mapping[str, Method], name: str, train: li
     _freeze(model)
 
 
+def freeze_except(model: nn.Module, train: Targets) -> None:
+    """Leaves gradients to some modules of a model without adapters, and to nothing else.
+
+    Args:
+        model: any module.
+        train: the modules, such as the head; named as targets are.
+
+    Raises:
+        AdapterError: a name matches no module with parameters.
+    """
+    paths = find_modules(model, train)
+    model.requires_grad_(False)
+    for path in paths:
+        model.get_submodule(path).requires_grad_(True)
+
+
 def remove(model: nn.Module, name: str | None = None) -> None:
     """Takes adapters out, unmerging first; a layer without adapters is its base again, the very bits.
 

@@ -1,7 +1,11 @@
-"""What varies patches while training: the eight symmetries of a square, and mixtures of two patches."""
+"""What varies samples while training: the eight symmetries of a square, mixtures of two, and subsets of channels."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from vision_lowrank.errors import ConfigError
 
 SYMMETRIES = 8
 
@@ -17,7 +21,11 @@ def apply_symmetry(x: Tensor, index: int) -> Tensor:
 
 def random_symmetries(x: Tensor) -> Tensor:
     """Applies to each sample of (batch, channels, side, side) a symmetry of its own, drawn from torch's generator."""
-    choice = torch.randint(SYMMETRIES, (len(x),))
+    return apply_symmetries(x, torch.randint(SYMMETRIES, (len(x),)))
+
+
+def apply_symmetries(x: Tensor, choice: Tensor) -> Tensor:
+    """Applies to each sample of (batch, ..., side, side) the symmetry of its index in `choice` (batch,)."""
     y = torch.empty_like(x)
     for index in range(SYMMETRIES):
         chosen = choice == index
@@ -42,3 +50,32 @@ def mixup(x: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
     share = max(share, 1 - share)
     partner = torch.randperm(len(x), device=x.device)
     return share * x + (1 - share) * x[partner], partner, share
+
+
+def sample_channels(batch: Mapping[str, Tensor], shares: Sequence[float] | None) -> Mapping[str, Tensor]:
+    """Keeps a random share of a batch's channels, the same for all samples (hierarchical channel sampling).
+
+    Args:
+        batch: with `image` (batch, channels, height, width) and `wavelengths` (batch, channels).
+        shares: least and largest share of the channels; None for all of them.
+
+    Returns:
+        The batch with at least two channels, in their order.
+    """
+    if shares is None:
+        return batch
+    least, largest = shares
+    count = batch["image"].shape[1]
+    share = least + (largest - least) * float(torch.rand(()))
+    chosen = torch.randperm(count)[: max(2, round(share * count))].sort().values.to(batch["image"].device)
+    return {**batch, "image": batch["image"][:, chosen], "wavelengths": batch["wavelengths"][:, chosen]}
+
+
+def check_shares(shares: Sequence[float] | None) -> None:
+    """Checks the argument of `sample_channels`.
+
+    Raises:
+        ConfigError: they are no two shares.
+    """
+    if shares is not None and not (len(shares) == 2 and 0 < shares[0] <= shares[1] <= 1):
+        raise ConfigError(f"channel_sampling is {list(shares)}; give two shares, least first, up to 1")

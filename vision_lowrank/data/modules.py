@@ -83,6 +83,10 @@ class SceneDataModule(L.LightningDataModule):
         """Channels of a sample: components, or usable bands."""
         return self.preprocessor.num_channels
 
+    def model_arguments(self) -> dict[str, Any]:
+        """Returns what a model has to be told of the data."""
+        return {"in_chans": self.num_channels, "num_classes": self.num_classes, "img_size": self.patch_size}
+
     def prepare_data(self) -> None:
         """Fetches missing files; Lightning calls it on one process only."""
         fetch(self.card, self.root)
@@ -151,6 +155,14 @@ class SceneDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """Returns every pixel of the scene, row by row; unlabelled ones with label 255."""
         return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
+
+    def predict_dataloaders(self) -> dict[str, Loader]:
+        """Returns what to predict on by name; the results of "" are the run's own, others are rows beside them."""
+        return {"": self.predict_dataloader()}
+
+    def assemble(self, predictions: np.ndarray) -> np.ndarray:
+        """Makes predictions for the batches of a loader of `predict_dataloaders` into (height * width, classes)."""
+        return predictions
 
     def _shuffled(self, indices: np.ndarray, processes: int) -> Loader:
         # a step sees batch_size samples on however many processes, so that a recipe holds on all machines

@@ -86,17 +86,34 @@ class PatchDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Returns a whole batch, given positions in `indices`."""
         chosen = np.asarray(positions)
-        # views are made per call: a dataset that holds one would be pickled to workers with its windows spelt out
-        windows = sliding_window_view(self.cube.numpy(), (self.patch_size, self.patch_size), axis=(1, 2))
-        windows = windows.transpose(1, 2, 0, 3, 4)  # (height, width, channels, patch_size, patch_size)
-        # numpy gathers this three times faster than torch's index on the same view
-        rows, columns = np.divmod(self.indices[chosen], windows.shape[1])
-        batch = {"image": torch.from_numpy(windows[rows, columns])}
+        width = self.cube.shape[2] - self.patch_size + 1
+        corners = np.stack(np.divmod(self.indices[chosen], width), axis=1)
+        batch = {"image": gather_windows(self.cube, corners, self.patch_size)}
         if self.labels is not None:
             batch["label"] = self.labels[chosen]
-        for name, value in self.shared.items():
-            batch[name] = value.expand(len(chosen), *value.shape)
-        return batch
+        return batch | repeat_shared(self.shared, len(chosen))
+
+
+def gather_windows(cube: Tensor, corners: np.ndarray, size: int) -> Tensor:
+    """Copies windows out of a cube.
+
+    Args:
+        cube: (channels, height, width).
+        corners: row and column of each window's upper left pixel, (windows, 2).
+        size: side of a window.
+
+    Returns:
+        (windows, channels, size, size).
+    """
+    # views are made per call: a dataset that holds one would be pickled to workers with its windows spelt out
+    windows = sliding_window_view(cube.numpy(), (size, size), axis=(1, 2))
+    # numpy gathers this three times faster than torch's index on the same view
+    return torch.from_numpy(windows.transpose(1, 2, 0, 3, 4)[corners[:, 0], corners[:, 1]])
+
+
+def repeat_shared(shared: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    """Returns what belongs to every sample with a leading batch axis."""
+    return {name: value.expand(samples, *value.shape) for name, value in shared.items()}
 
 
 class EpochShuffle(Sampler[int]):

@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -139,7 +140,14 @@ class UPerNetHead(nn.Module):
         return F.interpolate(self.classifier(x), size=size, mode="bilinear")
 
 
-class LessSegmentation(nn.Module):
+class LessSegmentation(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="vision-lowrank",
+    license="apache-2.0",
+    tags=["remote-sensing"],
+    coders={LessViT: (lambda encoder: encoder.settings, lambda settings: LessViT(**settings))},
+):
     """LESS ViT with a head that gives every pixel its logits, for images with any channels, height and width.
 
     Args:

@@ -205,6 +205,13 @@ class LessViT(
         self.apply(initialise)
         self.reset_classifier(num_classes)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that build this model anew, without weights, as JSON keeps them."""
+        given: Any = self._hub_mixin_config
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        return {**lists, "num_classes": self.num_classes}
+
     def patches(
         self,
         image: Tensor | None,

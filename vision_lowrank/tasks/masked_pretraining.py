@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetry, random_symmetries
+from vision_lowrank.data.augmentation import (
+    SYMMETRIES,
+    apply_symmetry,
+    check_shares,
+    random_symmetries,
+    sample_channels,
+)
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
 from vision_lowrank.models.less_vit import Patches
@@ -124,8 +130,7 @@ class HyperMAEPretraining(L.LightningModule):
         super().__init__()
         if modal_mode not in (*PASSES, "random"):
             raise ConfigError(f"modal_mode is {modal_mode!r}; it can be {', '.join(PASSES)} or random")
-        if channel_sampling is not None and not 0 < channel_sampling[0] <= channel_sampling[1] <= 1:
-            raise ConfigError(f"channel_sampling is {list(channel_sampling)}; give two shares, least first, up to 1")
+        check_shares(channel_sampling)
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -162,7 +167,7 @@ class HyperMAEPretraining(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Returns the loss of a batch of tiles."""
-        batch = self._sample_channels(_turn(batch))
+        batch = sample_channels(_turn(batch), self.channel_sampling)
         losses = self._losses(self.reconstruct(*self.patches(batch), self.modal_mode))
         for name, value in losses.items():
             self.log(
@@ -185,16 +190,6 @@ class HyperMAEPretraining(L.LightningModule):
             "position loss": torch.stack([result.position_loss for result in passes]).sum(),
             "channel loss": torch.stack([result.channel_loss for result in passes]).sum(),
         }
-
-    def _sample_channels(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Keeps a random share of the optical channels, the same for all samples."""
-        if self.channel_sampling is None:
-            return batch
-        least, largest = self.channel_sampling
-        count = batch["image"].shape[1]
-        share = least + (largest - least) * float(torch.rand(()))
-        chosen = torch.randperm(count)[: max(2, round(share * count))].sort().values.to(batch["image"].device)
-        return {**batch, "image": batch["image"][:, chosen], "wavelengths": batch["wavelengths"][:, chosen]}
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew."""

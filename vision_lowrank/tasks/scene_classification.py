@@ -1,4 +1,4 @@
-"""Training of a patch classifier on one scene, from scratch or by adapters on a frozen base."""
+"""Training of a classifier of patches, or of all pixels of a window, in full or by adapters on a frozen base."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
-from vision_lowrank.data.augmentation import mixup, random_symmetries
+from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetries, check_shares, mixup, sample_channels
+from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
 
 # more than any training has, so that the seeds of two processes never meet
@@ -29,14 +30,17 @@ def standard_error(accuracy: float, pixels: int) -> float:
 
 
 class SceneClassification(L.LightningModule):
-    """Cross-entropy on patches under random symmetries; AdamW with warm-up and cosine.
+    """Cross-entropy on patches or windows under random symmetries; AdamW with warm-up and cosine.
+
+    A sample's label is its class, or a map of classes with `IGNORE` where a pixel does not count.
 
     With `cycles`, the strength of the model's adapters and their learning rate follow the cyclical schedule of
     LoLA-SpecViT; validation, test, prediction and what is saved have strength 1. Statistics of frozen normalisations
     stay as they are.
 
     Args:
-        model: maps (batch, channels, side, side) to logits (batch, num_classes); perhaps with adapters.
+        model: maps what `inputs` name to logits (batch, num_classes) or (batch, num_classes, side, side); perhaps with
+            adapters.
         class_counts: training pixels of each class.
         learning_rate: highest rate.
         weight_decay: of matrices and kernels.
@@ -46,6 +50,8 @@ class SceneClassification(L.LightningModule):
             alike, 1 weighs classes alike.
         mixup: alpha of `data.augmentation.mixup`; training accuracies then compare with the larger share's class.
         cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters.
+        inputs: entries of a batch that the model takes: `image`, and of models of any sensor `wavelengths` and `gsd`.
+        channel_sampling: see `data.augmentation.sample_channels`.
 
     Attributes:
         history: one mapping a finished epoch: epoch, loss and accuracy of training and validation, rate, strength.
@@ -64,8 +70,11 @@ class SceneClassification(L.LightningModule):
         balance: float,
         mixup: float,
         cycles: Mapping[str, Any] | None = None,
+        inputs: Sequence[str] = ("image",),
+        channel_sampling: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_shares(channel_sampling)
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -73,6 +82,8 @@ class SceneClassification(L.LightningModule):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.cycles = cycles
+        self.inputs = tuple(inputs)
+        self.channel_sampling = channel_sampling
         self.history: list[dict[str, float]] = []
         self.validation_pixels = 0
         self.strength: CyclicalStrength | None = None
@@ -84,16 +95,16 @@ class SceneClassification(L.LightningModule):
         num_classes = len(class_counts)
         scores = MetricCollection(
             {
-                "OA": MulticlassAccuracy(num_classes, average="micro"),
-                "AA": MulticlassAccuracy(num_classes, average="macro"),
+                "OA": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORE),
+                "AA": MulticlassAccuracy(num_classes, average="macro", ignore_index=IGNORE),
             }
         )
         self.training_scores = scores.clone(prefix="train/")
         self.validation_scores = scores.clone(prefix="val/")
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Maps patches (batch, channels, side, side) to logits (batch, num_classes) in float32."""
-        logits: Tensor = self.model(image)
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Maps a batch to logits (batch, num_classes) or (batch, num_classes, side, side) in float32."""
+        logits: Tensor = self.model(*(batch[name] for name in self.inputs))
         return logits.float()
 
     def train(self, mode: bool = True) -> "SceneClassification":
@@ -104,29 +115,37 @@ class SceneClassification(L.LightningModule):
         return self
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Returns the loss of a batch {"image": (batch, channels, side, side), "label": (batch,)}."""
+        """Returns the loss of a batch of `image` (batch, channels, side, side) and `label`, see the class."""
+        batch = sample_channels(batch, self.channel_sampling)
         label = batch["label"]
-        image, partner, share = mixup(random_symmetries(batch["image"]), self.mixup)
-        logits = self(image)
+        turns = torch.randint(SYMMETRIES, (len(label),))
+        if label.ndim > 1:
+            label = apply_symmetries(label, turns)
+        image, partner, share = mixup(apply_symmetries(batch["image"], turns), self.mixup)
+        logits = self({**batch, "image": image})
         loss = share * self._loss(logits, label) + (1 - share) * self._loss(logits, label[partner])
         self.training_scores.update(logits, label)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
+        count = int((label != IGNORE).sum())
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits, label, self.class_weights, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            logits, label, self.class_weights, ignore_index=IGNORE, label_smoothing=self.label_smoothing
+        )
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Collects loss and scores of the validation pixels."""
-        logits = self(batch["image"])
-        self.validation_pixels += len(logits)
-        self.validation_scores.update(logits, batch["label"])
-        loss = F.cross_entropy(logits, batch["label"])
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+        logits, label = self(batch), batch["label"]
+        count = int((label != IGNORE).sum())
+        self.validation_pixels += count
+        self.validation_scores.update(logits, label)
+        loss = F.cross_entropy(logits, label, ignore_index=IGNORE)
+        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Returns the predicted classes (batch,)."""
-        return self(batch["image"]).argmax(dim=1)
+        """Returns the predicted classes (batch,) or (batch, side, side)."""
+        return self(batch).argmax(dim=1)
 
     def on_fit_start(self) -> None:
         """Lays out the strength's cycles over the steps of this training."""
