@@ -4,20 +4,17 @@ The folder `datasets/` of the repository holds the cards that come with the proj
 a user's own. Fields and their meaning: `datasets/README.md`.
 """
 
-import difflib
 import importlib.util
 import re
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
-import yaml
 
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.errors import DataError
+from vision_lowrank.records import nearest, read_record
 
 CARDS_FOLDER = Path(__file__).resolve().parents[2] / "datasets"
 
@@ -200,13 +197,9 @@ def load_card(name_or_path: str | Path) -> DatasetCard:
     path = Path(text) if text.endswith((".yaml", ".yml")) else CARDS_FOLDER / f"{text}.yaml"
     if not path.is_file():
         known = list_cards()
-        hint = _nearest(text, known)
+        hint = nearest(text, known)
         raise DataError(f"dataset card {text}: not found{hint}; cards: {', '.join(known)}, or the path of a .yaml file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"card {path}: no valid YAML: {' '.join(str(error).split())}") from error
-    card: DatasetCard = _build(DatasetCard, content, f"card {path}", "")
+    card = read_record(DatasetCard, path, "card", DataError)
     _check(card, f"card {path}")
     return card
 
@@ -239,62 +232,3 @@ def _check(card: DatasetCard, where: str) -> None:
             raise DataError(f"{where}: {file.path} is a pattern without sha256 or size; list the files instead")
         if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
             raise DataError(f"{where}: path {file.path} must be relative to the data folder, without '..'")
-
-
-def _build(hint: Any, value: Any, where: str, key: str) -> Any:
-    """Turns parsed YAML into the annotated type `hint`, or tells which key is wrong."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    wrong = DataError(f"{where}: {key or 'the card'} is {value!r}, which is not {_describe(hint)}")
-    if is_dataclass(hint):
-        if hint is FileEntry and isinstance(value, str):
-            value = {"path": value}
-        if not isinstance(value, Mapping):
-            raise wrong
-        return _build_dataclass(hint, value, where, key)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        for option in arguments:
-            if option in (int, str) and type(value) is option:
-                return value
-        return _build(next(option for option in arguments if option is not type(None)), value, where, key)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise wrong
-        return tuple(_build(arguments[0], item, where, f"{key}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise wrong
-        return {str(name): _build(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise wrong
-    return value
-
-
-def _build_dataclass(hint: Any, value: Mapping[Any, Any], where: str, key: str) -> Any:
-    known = {item.name: item for item in fields(hint)}
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in known:
-            hint_text = _nearest(str(name), list(known))
-            raise DataError(f"{where}: unknown key {prefix}{name}{hint_text}; keys: {', '.join(known)}")
-    for name, item in known.items():
-        if name not in value and item.default is MISSING and item.default_factory is MISSING:
-            raise DataError(f"{where}: {prefix}{name} is missing; add it")
-    hints = get_type_hints(hint)
-    return hint(**{name: _build(hints[name], item, where, prefix + name) for name, item in value.items()})
-
-
-def _describe(hint: Any) -> str:
-    if is_dataclass(hint):
-        return f"a mapping with the keys {', '.join(item.name for item in fields(hint))}"
-    return {tuple: "a list", dict: "a mapping", int: "a whole number", float: "a number", str: "a text"}.get(
-        get_origin(hint) or hint, str(hint)
-    )
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""

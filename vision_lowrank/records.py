@@ -1,0 +1,104 @@
+"""YAML files as records: dataclasses whose annotations say what each key holds, checked key by key."""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vision_lowrank.errors import VisionLowRankError
+
+T = TypeVar("T")
+
+
+def read_record(record: type[T], path: Path, kind: str, error: type[VisionLowRankError]) -> T:
+    """Reads a YAML file into a dataclass.
+
+    Annotations may be dataclasses, tuples and dicts of these, optional, and plain types. Where a dataclass has a single
+    field without default and that is a text, the text alone stands for it.
+
+    Args:
+        record: the dataclass.
+        path: the file.
+        kind: what the file is, for messages.
+        error: raised for whatever is wrong with the file.
+    """
+    where = f"{kind} {path}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as problem:
+        raise error(f"{where}: no valid YAML: {' '.join(str(problem).split())}") from problem
+    built: T = _Builder(where, f"the {kind}", error).build(record, content, "")
+    return built
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a question after the known name most like this one, or an empty text."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+@dataclass(frozen=True)
+class _Builder:
+    where: str
+    whole: str
+    error: type[VisionLowRankError]
+
+    def build(self, hint: Any, value: Any, key: str) -> Any:
+        """Turns parsed YAML into the annotated type `hint`, or tells which key is wrong."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        wrong = self.error(f"{self.where}: {key or self.whole} is {value!r}, which is not {_describe(hint)}")
+        if is_dataclass(hint):
+            needed = [item.name for item in fields(hint) if _is_needed(item)]
+            if isinstance(value, str) and len(needed) == 1 and get_type_hints(hint)[needed[0]] is str:
+                value = {needed[0]: value}
+            if not isinstance(value, Mapping):
+                raise wrong
+            return self._dataclass(hint, value, key)
+        if origin in (Union, types.UnionType):
+            if value is None and type(None) in arguments:
+                return None
+            for option in arguments:
+                if option in (int, str) and type(value) is option:
+                    return value
+            return self.build(next(option for option in arguments if option is not type(None)), value, key)
+        if origin is tuple:
+            if not isinstance(value, list):
+                raise wrong
+            return tuple(self.build(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                raise wrong
+            return {str(name): self.build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        if hint is float and type(value) is int:
+            return float(value)
+        if type(value) is not hint:
+            raise wrong
+        return value
+
+    def _dataclass(self, hint: Any, value: Mapping[Any, Any], key: str) -> Any:
+        known = {item.name: item for item in fields(hint)}
+        prefix = f"{key}." if key else ""
+        for name in value:
+            if name not in known:
+                question = nearest(str(name), known)
+                raise self.error(f"{self.where}: unknown key {prefix}{name}{question}; keys: {', '.join(known)}")
+        for name, item in known.items():
+            if name not in value and _is_needed(item):
+                raise self.error(f"{self.where}: {prefix}{name} is missing; add it")
+        hints = get_type_hints(hint)
+        return hint(**{name: self.build(hints[name], item, prefix + name) for name, item in value.items()})
+
+
+def _is_needed(item: Any) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _describe(hint: Any) -> str:
+    if is_dataclass(hint):
+        return f"a mapping with the keys {', '.join(item.name for item in fields(hint))}"
+    names = {tuple: "a list", dict: "a mapping", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(get_origin(hint) or hint, str(hint))
