@@ -1,0 +1,278 @@
+"""What belongs where: scenes, boxes, their cells on maps of any resolution, and what overlapping boxes may see.
+
+Cells are (top, left, bottom, right), the ends exclusive. A map has `N = height width` positions, row by row. `T` is the
+number of a prompt's tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vision_lowrank.composer.lora_files import LowRank
+from vision_lowrank.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+# a LoRA by module name of the UNet, and its strength
+Lora: TypeAlias = tuple[Mapping[str, LowRank], float]
+Cells: TypeAlias = tuple[int, int, int, int]
+CellPolicy: TypeAlias = Literal["nearest", "inner"]
+OverlapPolicy: TypeAlias = Literal["own", "official"]
+
+# fractions made from pixels reach the middle of a cell only up to rounding
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle, its edges in fractions of the image's height and width.
+
+    Args:
+        top: upper edge.
+        left: left edge.
+        bottom: lower edge.
+        right: right edge.
+
+    Raises:
+        ConfigError: the box is empty, inverted or leaves the image.
+    """
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+    def __post_init__(self) -> None:
+        edges = (self.top, self.left, self.bottom, self.right)
+        # written so that NaN fails too
+        if not all(0 <= edge <= 1 for edge in edges):
+            raise ConfigError(f"box {edges} leaves the image; top, left, bottom, right are fractions from 0 to 1")
+        if self.top >= self.bottom or self.left >= self.right:
+            raise ConfigError(f"box {edges} is empty or inverted; the order is top, left, bottom, right")
+
+    @classmethod
+    def from_pixels(cls, top: float, left: float, bottom: float, right: float, height: int, width: int) -> "Box":
+        """Makes a box from edges in pixels of an image of that height and width; errors as for the class."""
+        return cls(top / height, left / width, bottom / height, right / width)
+
+    def cells(self, height: int, width: int, policy: CellPolicy = "nearest") -> Cells | None:
+        """Returns the box's cells on a map, or None where it has none.
+
+        Args:
+            height: rows of the map.
+            width: columns of the map.
+            policy: nearest: edges go to the nearest border of cells, so boxes that touch stay side by side; a box
+                smaller than a cell gets the one in which its middle lies. inner: only cells that lie inside as a
+                whole, as in the original code; small boxes have none.
+
+        Raises:
+            ConfigError: no such policy.
+        """
+        top, bottom = _interval(self.top, self.bottom, height, policy)
+        left, right = _interval(self.left, self.right, width, policy)
+        return (top, left, bottom, right) if bottom > top and right > left else None
+
+
+def _interval(start: float, end: float, cells: int, policy: CellPolicy) -> tuple[int, int]:
+    if policy == "inner":
+        return math.ceil(start * cells), math.floor(end * cells)
+    if policy != "nearest":
+        raise ConfigError(f"policy of cells is {policy!r}; it can be nearest or inner")
+    first, last = (math.floor(edge * cells + 0.5 + _ROUNDING) for edge in (start, end))
+    if last > first:
+        return first, last
+    middle = min(int((start + end) / 2 * cells), cells - 1)
+    return middle, middle + 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """An encoded prompt.
+
+    Args:
+        positive: embeddings (layers, T, width); one layer serves all cross-attention layers.
+        negative: of the negative prompt, likewise.
+    """
+
+    positive: Tensor
+    negative: Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """A concept in its box.
+
+    Args:
+        box: where.
+        text: its prompts, encoded by its own text encoder.
+        tokens: positions of the concept's tokens in the positive prompt, counted from its first token, the start sign.
+        loras: the changes of its keys, values and output projections.
+    """
+
+    box: Box
+    text: Text
+    tokens: Sequence[int]
+    loras: Sequence[Lora] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be composed.
+
+    Args:
+        text: the prompts of the whole image.
+        regions: the concepts.
+        background: LoRAs of the whole image; regions keep the base's keys, values and output projections.
+        added: what the UNet needs besides, such as `text_embeds` of SDXL, (2, ...) with the negative row first.
+    """
+
+    text: Text
+    regions: Sequence[Region] = ()
+    background: Sequence[Lora] = ()
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Places:
+    """The regions' positions on maps of one resolution.
+
+    Args:
+        boxes: one a region.
+        size: height and width of the map.
+        cells: see `Box.cells`.
+        overlaps: which positions attend to which, where regions exist. own: all but those of boxes that the query is
+            in none of, so that a position in two boxes sees both. official: it sees neither, not even itself, unless
+            there is nothing else to see.
+        device: where the tensors live.
+
+    Raises:
+        ConfigError: no such policy.
+    """
+
+    def __init__(
+        self,
+        boxes: Sequence[Box],
+        size: tuple[int, int],
+        cells: CellPolicy = "nearest",
+        overlaps: OverlapPolicy = "own",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if overlaps not in ("own", "official"):
+            raise ConfigError(f"policy of overlaps is {overlaps!r}; it can be own or official")
+        self.size = size
+        self.cells = [box.cells(*size, cells) for box in boxes]
+        self._overlaps = overlaps
+        masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=device)
+        for mask, found in zip(masks, self.cells, strict=True):
+            if found is not None:
+                mask[found[0] : found[2], found[1] : found[3]] = True
+        self.masks = masks.flatten(1)  # (regions, N)
+
+    @cached_property
+    def positions(self) -> list[Tensor]:
+        """Positions (n,) of each region."""
+        return [mask.nonzero().squeeze(1) for mask in self.masks]
+
+    @cached_property
+    def outside(self) -> Tensor:
+        """Positions (n,) in no region."""
+        return (~self.masks.any(0)).nonzero().squeeze(1)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """For each position (N,) the share of one region in it: 1 over their number, 1 where there is none."""
+        return 1 / self.masks.sum(0).clamp(min=1)
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """For each position (N,) its class, those of a class being in the same boxes; which classes see which (C, C)."""
+        members, of_position = torch.unique(self.masks.T, dim=0, return_inverse=True)
+        # the product of integers is missing on some devices
+        members = members.double()
+        count = members.sum(1)
+        shared = members @ members.T
+        if self._overlaps == "own":
+            return of_position, (shared > 0) | (count[:, None] == 0) | (count == 0)
+        # pairs of different regions, the query in the one and the key in the other; each pair costs the score the same
+        pairs = count[:, None] * count - shared
+        return of_position, pairs == pairs.amin(1, keepdim=True)
+
+    @cached_property
+    def groups(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Positions (n,) of queries that see the same keys, with those keys (m,); None where all see all."""
+        if not any(self.cells):
+            return None
+        of_position, seen = self._classes
+        if seen.all():
+            return None
+        rows, group = torch.unique(seen, dim=0, return_inverse=True)
+        of_query = group[of_position]
+        return [
+            ((of_query == index).nonzero().squeeze(1), row[of_position].nonzero().squeeze(1))
+            for index, row in enumerate(rows)
+        ]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Indices (N,) that put the queries of all `groups`, one after the other, back in their places."""
+        return torch.cat([queries for queries, _ in self.groups or []]).argsort()
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """Which key (second axis) each query (first axis) sees, bool (N, N)."""
+        of_position, seen = self._classes
+        return seen[of_position][:, of_position]
+
+
+def check_scene(unet: "UNet2DConditionModel", scene: Scene, layers: int) -> None:
+    """Refuses a scene that does not fit a UNet with so many cross-attention layers.
+
+    Raises:
+        ConfigError: text of a wrong shape or not finite, or concept tokens outside the text.
+        AdapterError: a LoRA of another base, not finite, or with factors that do not belong together.
+    """
+    width = unet.config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    texts = {"the image": scene.text} | {f"region {index}": region.text for index, region in enumerate(scene.regions)}
+    for owner, text in texts.items():
+        for kind, tensor in (("positive", text.positive), ("negative", text.negative)):
+            fits = tensor.ndim == 3 and tensor.shape[0] in (1, layers) and tensor.shape[2] == width
+            if not fits or tensor.shape[1] != text.positive.shape[1]:
+                raise ConfigError(
+                    f"{kind} text of {owner} is {tuple(tensor.shape)}; this UNet takes (1 or {layers}, tokens, {width}), "
+                    "as many tokens in the negative text as in the positive"
+                )
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{kind} text of {owner} is not finite; look for NaN in the text encoder or its LoRA")
+    for index, region in enumerate(scene.regions):
+        count = region.text.positive.shape[1]
+        if not region.tokens or not all(0 <= token < count for token in region.tokens):
+            raise ConfigError(f"tokens of region {index} are {list(region.tokens)}; give positions from 0 to {count - 1}")
+        for lora, _ in region.loras:
+            _check_lora(unet, lora, f"LoRA of region {index}")
+    for lora, _ in scene.background:
+        _check_lora(unet, lora, "LoRA of the background")
+
+
+def _check_lora(unet: nn.Module, lora: Mapping[str, LowRank], owner: str) -> None:
+    modules = dict(unet.named_modules())
+    for name, change in lora.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None:
+            raise AdapterError(f"{owner}: the UNet has no layer {name}; the LoRA belongs to another base model")
+        if math.prod(weight.shape[2:]) != 1:
+            raise AdapterError(f"{owner}: {name} is a convolution larger than a position; leave it out of the LoRA")
+        if weight.shape[:2] != (change.up.shape[0], change.down.shape[1]):
+            raise AdapterError(
+                f"{owner}: {name} takes {weight.shape[1]} to {weight.shape[0]} features, the LoRA "
+                f"{change.down.shape[1]} to {change.up.shape[0]}; it belongs to another base model"
+            )
+        if change.up.shape[1] != change.down.shape[0]:
+            raise AdapterError(f"{owner}: factors of {name} have ranks {change.down.shape[0]} and {change.up.shape[1]}")
+        if not (change.up.isfinite().all() and change.down.isfinite().all()):
+            raise AdapterError(f"{owner}: {name} holds numbers that are not finite; train or download it again")
