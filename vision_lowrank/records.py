@@ -75,7 +75,7 @@ class _Builder:
             return {str(name): self.build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
         if hint is float and type(value) is int:
             return float(value)
-        if type(value) is not hint:
+        if hint is not Any and type(value) is not hint:
             raise wrong
         return value
 

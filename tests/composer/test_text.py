@@ -3,16 +3,15 @@
 import copy
 import string
 
+import diffusers
 import pytest
 import torch
+import transformers
 from torch import nn
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-
-from vision_lowrank.composer.lora_files import LoraWeights, LowRank  # noqa: E402
-from vision_lowrank.composer.text import encode  # noqa: E402
-from vision_lowrank.errors import ConfigError  # noqa: E402
+from vision_lowrank.composer.lora_files import LoraWeights, LowRank
+from vision_lowrank.composer.text import encode
+from vision_lowrank.errors import ConfigError
 
 WIDTH, SECOND_WIDTH, LENGTH = 16, 24, 20
 

@@ -1,0 +1,94 @@
+"""From a prepared scene to images: base models, noise by seed, sampling, decoding."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vision_lowrank.errors import CheckpointError, ConfigError
+
+
+def load_base(folder_or_name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Loads a base model as a pipeline of diffusers.
+
+    Args:
+        folder_or_name: folder with `model_index.json`, or a name on the hub.
+        dtype: of its weights.
+        device: where they go.
+
+    Raises:
+        CheckpointError: it cannot be found, downloaded or read.
+        ConfigError: it is neither Stable Diffusion 1 or 2 nor XL.
+    """
+    from diffusers import DiffusionPipeline
+
+    if Path(folder_or_name).is_dir() and not (Path(folder_or_name) / "model_index.json").is_file():
+        raise CheckpointError(
+            f"base {folder_or_name}: no model_index.json there; give the folder of a diffusers pipeline"
+        )
+    try:
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder_or_name, torch_dtype=dtype)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"base {folder_or_name}: cannot be loaded ({reason[:300]}); give the folder of a diffusers pipeline, or a "
+            "name on the hub where there is a network"
+        ) from error
+    check_base(pipeline, folder_or_name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def check_base(pipeline: Any, name: str) -> None:
+    """Refuses pipelines of other architectures.
+
+    Raises:
+        ConfigError: there is no UNet with cross-attention, or another text encoder than CLIP's.
+    """
+    unet = getattr(pipeline, "unet", None)
+    kinds = {type(unet).__name__} | {
+        type(getattr(pipeline, part)).__name__ for part in ("text_encoder", "text_encoder_2") if hasattr(pipeline, part)
+    }
+    if kinds not in (
+        {"UNet2DConditionModel", "CLIPTextModel"},
+        {"UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection"},
+    ):
+        raise ConfigError(
+            f"base {name} is a {type(pipeline).__name__} of {', '.join(sorted(kinds))}; composition works with Stable "
+            "Diffusion 1, 2 and XL"
+        )
+
+
+def draw_noise(pipeline: Any, height: int, width: int, seeds: Sequence[int]) -> Tensor:
+    """Draws noise (S, channels, height of the latent, its width), that of a seed the same on every device.
+
+    Args:
+        pipeline: the base model.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        seeds: one an image.
+
+    Raises:
+        ConfigError: latents do not cover the image exactly.
+    """
+    factor = pipeline.vae_scale_factor
+    if height % factor or width % factor:
+        raise ConfigError(f"an image of {height} x {width} pixels; this model makes multiples of {factor}")
+    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(pipeline.unet.device, pipeline.unet.dtype)
+
+
+@torch.no_grad()
+def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
+    """Turns finished latents into images, uint8 (S, height, width, 3)."""
+    vae = pipeline.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    # one by one: the autoencoder's maps are the largest of all
+    images = [vae.decode(latent[None] / vae.config.scaling_factor + shift, return_dict=False)[0] for latent in latents]
+    pixels = (torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255
+    array: np.ndarray = pixels.round().byte().movedim(1, -1).cpu().numpy()
+    return array

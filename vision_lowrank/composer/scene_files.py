@@ -1,0 +1,208 @@
+"""Scene files: one YAML that says what to compose, of which LoRAs, and where.
+
+Paths in it are relative to its folder. A LoRA is its file, or `{file: FILE, strength: NUMBER}`. The edges of a box are
+fractions of the image if none is above 1, otherwise pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_lowrank.composer.layout import Box, Lora, Region, Scene
+from vision_lowrank.composer.lora_files import LoraFileError, LoraWeights, check_fits, read_lora
+from vision_lowrank.composer.losses import CONSTANTS
+from vision_lowrank.composer.sampler import Settings
+from vision_lowrank.composer.text import Encoded, encode
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.records import nearest, read_record
+
+SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scene"
+
+
+@dataclass(frozen=True)
+class LoraEntry:
+    """A LoRA file and what its changes of weights are multiplied by."""
+
+    file: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class BoxEntry:
+    """Edges of a box, fractions or pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True)
+class RegionEntry:
+    """A concept: where, its prompts, and its LoRAs; `subject` is the words of the prompt that name it.
+
+    Without `subject` these are the tokens that the LoRAs bring.
+    """
+
+    box: BoxEntry
+    prompt: str
+    loras: tuple[LoraEntry, ...] = ()
+    negative_prompt: str | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class SceneFile:
+    """What a scene file holds.
+
+    `base` is the folder of a diffusers pipeline, or a name on the hub; `background` LoRAs change the whole image;
+    `steps` and `guidance_scale` are those of sampling; `settings` are changes of `sampler.Settings`, its `constants` a
+    preset or changes of single numbers.
+    """
+
+    base: str
+    prompt: str
+    height: int
+    width: int
+    regions: tuple[RegionEntry, ...] = ()
+    background: tuple[LoraEntry, ...] = ()
+    negative_prompt: str | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadedScene:
+    """A scene file with its LoRAs read, the same file once.
+
+    Args:
+        file: the scene.
+        name: its file's name without ending.
+        folder: that paths are relative to.
+        loras: by path as written in the scene.
+    """
+
+    file: SceneFile
+    name: str
+    folder: Path
+    loras: Mapping[str, LoraWeights]
+
+    @property
+    def base(self) -> str:
+        """Folder of the base model, or its name on the hub."""
+        folder = self.folder / self.file.base
+        return str(folder) if folder.is_dir() else self.file.base
+
+    def of(self, entries: tuple[LoraEntry, ...]) -> list[tuple[LoraWeights, float]]:
+        """Returns the LoRAs of some entries with their strengths."""
+        return [(self.loras[entry.file], entry.strength) for entry in entries]
+
+
+def load_scene(name_or_path: str | Path) -> LoadedScene:
+    """Reads a scene by name, or by the path of a `.yaml` file, and its LoRA files.
+
+    Raises:
+        ConfigError: no such scene, or one with an unknown, missing or wrong field.
+        LoraFileError: a LoRA file cannot be read.
+    """
+    text = str(name_or_path)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else SCENES_FOLDER / f"{text}.yaml"
+    if not path.is_file():
+        known = sorted(item.stem for item in SCENES_FOLDER.glob("*.yaml"))
+        raise ConfigError(
+            f"scene {text}: not found{nearest(text, known)}; scenes: {', '.join(known)}, or the path of a .yaml file"
+        )
+    scene = read_record(SceneFile, path, "scene", ConfigError)
+    where = f"scene {path}"
+    if scene.height < 1 or scene.width < 1 or scene.steps < 1:
+        raise ConfigError(
+            f"{where}: height, width and steps are {scene.height}, {scene.width}, {scene.steps}; give 1 or more"
+        )
+    for index, region in enumerate(scene.regions):
+        _box(region.box, scene, f"{where}: regions[{index}]")
+        if region.subject is None and not region.loras:
+            raise ConfigError(
+                f"{where}: regions[{index}] has neither loras nor a subject; say which words are the concept"
+            )
+    files = {entry.file for entries in (scene.background, *(item.loras for item in scene.regions)) for entry in entries}
+    return LoadedScene(scene, path.stem, path.parent, {name: read_lora(path.parent / name) for name in sorted(files)})
+
+
+def prepare(scene: LoadedScene, pipeline: Any) -> Scene:
+    """Encodes the prompts of a scene and places its regions, for `sampler.compose`.
+
+    Args:
+        scene: the scene.
+        pipeline: of diffusers; the base model.
+
+    Raises:
+        ConfigError: the image does not fit the model, or a prompt is too long or names an unknown token or subject.
+        LoraFileError: a LoRA belongs to another base model.
+    """
+    file = scene.file
+    for name, lora in scene.loras.items():
+        try:
+            check_fits(lora, pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+        except LoraFileError as error:
+            raise LoraFileError(f"{scene.folder / name}: {error}") from None
+    background = scene.of(file.background)
+    whole = encode(pipeline, file.prompt, file.negative_prompt, background)
+    regions = []
+    for index, entry in enumerate(file.regions):
+        where = f"scene {scene.name}: regions[{index}]"
+        found = encode(pipeline, entry.prompt, entry.negative_prompt, scene.of(entry.loras), entry.subject)
+        if not found.tokens:
+            raise ConfigError(
+                f"{where}: prompt {entry.prompt!r} names no token of its LoRAs; add it, or give a subject"
+            )
+        loras = unet_changes(scene.of(entry.loras))
+        regions.append(Region(_box(entry.box, file, where), found.text, found.tokens, loras))
+    return Scene(whole.text, regions, unet_changes(background), added_conditions(whole, file.height, file.width))
+
+
+def make_settings(options: Mapping[str, Any], where: str) -> Settings:
+    """Makes settings of the method from the names and values of a file or command.
+
+    Args:
+        options: arguments of `Settings`; its constants are the name of a preset, or numbers, with `preset` for the one
+            that they change.
+        where: what they belong to, for messages.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+    """
+    constants = options.get("constants", "code")
+    changes = {"preset": constants} if isinstance(constants, str) else dict(constants)
+    preset = changes.pop("preset", "code")
+    if preset not in CONSTANTS:
+        raise ConfigError(f"{where}: preset of constants {preset!r}; it can be {' or '.join(CONSTANTS)}")
+    try:
+        return Settings(**{**options, "constants": replace(CONSTANTS[preset], **changes)})
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{where}: settings: {str(error).partition('() ')[2] or error}; correct it") from error
+
+
+def unet_changes(loras: list[tuple[LoraWeights, float]]) -> list[Lora]:
+    """Returns what LoRAs change in the UNet, with their strengths."""
+    return [(lora.unet, strength) for lora, strength in loras]
+
+
+def added_conditions(encoded: Encoded, height: int, width: int) -> dict[str, Tensor]:
+    """Returns what SDXL's UNet takes besides the prompts: pooled text, and the size of an image that is not cropped."""
+    if encoded.pooled is None:
+        return {}
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * 2, dtype=encoded.pooled.dtype)
+    return {"text_embeds": encoded.pooled, "time_ids": sizes.to(encoded.pooled.device)}
+
+
+def _box(entry: BoxEntry, scene: SceneFile, where: str) -> Box:
+    edges = (entry.top, entry.left, entry.bottom, entry.right)
+    try:
+        return Box(*edges) if max(edges) <= 1 else Box.from_pixels(*edges, scene.height, scene.width)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
