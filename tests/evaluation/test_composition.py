@@ -1,0 +1,75 @@
+"""Outcomes of scenes that can be judged by eye, and intervals against scipy."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from vision_lowrank.evaluation.composition import confusion, intersection_over_union, judge, success_rate, wilson
+
+LEFT, RIGHT = (0.0, 0.0, 64.0, 32.0), (0.0, 32.0, 64.0, 64.0)
+ASKED = [("fox", LEFT), ("bus", RIGHT)]
+
+
+def at(row, column, size=20.0):
+    return (row - size / 2, column - size / 2, row + size / 2, column + size / 2)
+
+
+@pytest.mark.parametrize(
+    ("found", "success", "shown", "vanished", "strays"),
+    [
+        ([("fox", at(30, 15)), ("bus", at(30, 50))], True, ("fox", "bus"), (False, False), 0),
+        # twice in its own box does no harm
+        ([("fox", at(12, 15)), ("fox", at(50, 15)), ("bus", at(30, 50))], True, ("fox", "bus"), (False, False), 0),
+        ([("fox", at(30, 50)), ("bus", at(30, 15))], False, ("bus", "fox"), (False, False), 0),
+        # a second concept in a box spoils it, though the surest is right
+        ([("fox", at(12, 15)), ("bus", at(30, 50)), ("bus", at(50, 15))], False, ("fox", "bus"), (False, False), 0),
+        ([("fox", at(30, 15))], False, ("fox", "none"), (False, True), 0),
+        ([], False, ("none", "none"), (True, True), 0),
+    ],
+)
+def test_outcomes(found, success, shown, vanished, strays):
+    outcome = judge(ASKED, found)
+    assert (outcome.success, outcome.shown, outcome.vanished, outcome.strays) == (success, shown, vanished, strays)
+
+
+def test_finds_in_no_box_are_strays():
+    small = [("fox", (0.0, 0.0, 20.0, 20.0))]
+    outcome = judge(small, [("fox", (2.0, 2.0, 20.0, 20.0)), ("fox", (40.0, 40.0, 60.0, 60.0))])
+    assert outcome.success
+    assert outcome.strays == 1
+    assert outcome.overlaps == (18 * 18 / 400,)
+
+
+def test_overlap_counts_pixels():
+    one, other = (2, 3, 12, 9), (5, 0, 10, 7)
+    masks = np.zeros((2, 20, 20), bool)
+    for mask, (top, left, bottom, right) in zip(masks, (one, other), strict=True):
+        mask[top:bottom, left:right] = True
+    assert intersection_over_union(one, other) == pytest.approx((masks[0] & masks[1]).sum() / masks.any(0).sum())
+    assert intersection_over_union(LEFT, RIGHT) == 0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 20), (20, 20), (13, 40), (1, 7)])
+def test_wilson_is_scipys(successes, trials):
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    found = wilson(successes, trials)
+    np.testing.assert_allclose((found.low, found.high), (interval.low, interval.high), atol=1e-9)
+    assert found.value == successes / trials
+
+
+def test_intervals_are_those_of_scenes_not_of_images():
+    generator = np.random.default_rng(1)
+    scenes = generator.random((50, 1)) < 0.6
+    alike = success_rate(np.repeat(scenes, 4, 1))
+    apart = success_rate(generator.random((50, 4)) < 0.6)
+    assert alike.value == scenes.mean()
+    # for scenes whose images all agree, it is the interval of 50 trials, not of 200
+    spread = 2 * 1.96 * (scenes.mean() * (1 - scenes.mean()) / 50) ** 0.5
+    assert alike.high - alike.low == pytest.approx(spread, rel=0.1)
+    assert apart.high - apart.low < 0.7 * spread
+    assert success_rate(np.ones((30, 4), bool)).low == pytest.approx(wilson(30, 30).low)
+
+
+def test_confusion_counts_what_boxes_showed():
+    counts = confusion(["fox", "fox", "bus", "bus"], ["fox", "bus", "bus", "none"], ["fox", "bus"])
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 1]]
