@@ -412,7 +412,7 @@ def test_error_of_the_command_is_one_line(scene, tmp_path, repository):
 EXPERIMENTS = sorted(path.stem for path in (REPOSITORY / "configs/experiment").iterdir())
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("hyper_mae")])
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith(("hyper_mae", "sprites"))])
 @pytest.mark.parametrize("split", ["random", "blocks", "from_file"])
 def test_every_experiment_composes_with_every_split(repository, experiment, split):
     with initialize_config_dir(str(repository / "configs"), version_base="1.3"):

@@ -14,25 +14,27 @@ from vision_lowrank.pretraining_run import report_pretraining, run_pretraining
 from vision_lowrank.runs import atomic_path, process_rank
 from vision_lowrank.scene_run import run_scene
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
+from vision_lowrank.text_to_image_run import RUNS
 
 logger = logging.getLogger(__name__)
 
 KEYS = (
     *("name", "runs_root", "seed", "seeds", "regime", "base", "baselines", "ckpt_path", "patience", "random_walk"),
-    *("data", "model", "adapter", "pretraining", "task", "trainer"),
+    *("data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
 )
 
 
 def train(config: DictConfig) -> list[RunResult]:
     """Runs an experiment for its seed, or for each of its `seeds`, and prints the table.
 
-    A scene is classified, or, with the task `HyperMAEPretraining`, a model is pretrained on tiles.
+    A scene is classified, or, with the task `HyperMAEPretraining`, a model is pretrained on tiles, or, with a task in
+    `text_to_image_run.RUNS`, something is learned from sprites.
 
     Args:
         config: as composed from `configs/train.yaml`.
 
     Returns:
-        The results of the model and of the baselines, a run after the other; empty after pretraining.
+        The results of the model and of the baselines, a run after the other; empty otherwise.
 
     Raises:
         VisionLowRankError: anything that the user can mend; what can be checked before work starts is.
@@ -46,6 +48,11 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: PyTorch sees none here; use trainer=cpu")
+    if config.task._target_ in RUNS:
+        for seed in seeds:
+            folder = RUNS[config.task._target_](DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None})))
+            logger.info("written to %s", folder)
+        return []
     pretraining = config.task._target_.endswith(f".{HyperMAEPretraining.__name__}")
     results: list[RunResult] = []
     errors: list[dict[str, dict[str, float]]] = []

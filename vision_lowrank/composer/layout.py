@@ -8,22 +8,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vision_lowrank.composer.lora_files import LowRank
 from vision_lowrank.errors import AdapterError, ConfigError
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
+_PARTS = ("down_blocks", "mid_block", "up_blocks")
+_BLOCKS = {
+    *("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+    *("CrossAttnUpBlock2D", "UpBlock2D"),
+}
 # a LoRA by module name of the UNet, and its strength
 Lora: TypeAlias = tuple[Mapping[str, LowRank], float]
 Cells: TypeAlias = tuple[int, int, int, int]
 CellPolicy: TypeAlias = Literal["nearest", "inner"]
 OverlapPolicy: TypeAlias = Literal["own", "official"]
+# a UNet2DConditionModel; annotations of diffusers lack most of its attributes
+UNet: TypeAlias = Any
 
 # fractions made from pixels reach the middle of a cell only up to rounding
 _ROUNDING = 1e-6
@@ -87,7 +91,7 @@ def _interval(start: float, end: float, cells: int, policy: CellPolicy) -> tuple
     first, last = (math.floor(edge * cells + 0.5 + _ROUNDING) for edge in (start, end))
     if last > first:
         return first, last
-    middle = min(int((start + end) / 2 * cells), cells - 1)
+    middle = min(int((start + end) / 2 * cells + _ROUNDING), cells - 1)
     return middle, middle + 1
 
 
@@ -186,11 +190,11 @@ class Places:
     @cached_property
     def shares(self) -> Tensor:
         """For each position (N,) the share of one region in it: 1 over their number, 1 where there is none."""
-        return 1 / self.masks.sum(0).clamp(min=1)
+        return 1 / self.masks.sum(0).clamp(min=1).double()
 
     @cached_property
     def _classes(self) -> tuple[Tensor, Tensor]:
-        """For each position (N,) its class, those of a class being in the same boxes; which classes see which (C, C)."""
+        """For each position (N,) its class, which tells in what boxes it is; which classes see which (C, C)."""
         members, of_position = torch.unique(self.masks.T, dim=0, return_inverse=True)
         # the product of integers is missing on some devices
         members = members.double()
@@ -229,13 +233,68 @@ class Places:
         return seen[of_position][:, of_position]
 
 
-def check_scene(unet: "UNet2DConditionModel", scene: Scene, layers: int) -> None:
-    """Refuses a scene that does not fit a UNet with so many cross-attention layers.
+def checked_layers(unet: UNet, scene: Scene, map_factor: int) -> tuple[list[str], list[str]]:
+    """Returns the names of all cross-attention layers and of those whose maps count, once all is known to fit.
 
     Raises:
-        ConfigError: text of a wrong shape or not finite, or concept tokens outside the text.
-        AdapterError: a LoRA of another base, not finite, or with factors that do not belong together.
+        ConfigError: another architecture, exchanged attention layers, no layer for maps, or text that does not fit.
+        AdapterError: a LoRA does not fit the UNet, or is not finite.
     """
+    check_architecture(unet)
+    layers = cross_layers(unet)
+    _check_scene(unet, scene, len(layers))
+    return layers, _layers_at(unet, layers, map_factor)
+
+
+def cross_layers(unet: UNet) -> list[str]:
+    """Returns the names of the cross-attention layers: down, middle, up."""
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return sorted(
+        (name for name in names if name.endswith(".attn2")), key=lambda name: _PARTS.index(name.split(".")[0])
+    )
+
+
+def _layers_at(unet: UNet, layers: Sequence[str], factor: int) -> list[str]:
+    levels = len(unet.config.block_out_channels)
+    factors: dict[str, int] = {}
+    for name in layers:
+        part, index = name.split(".")[:2]
+        if part != "mid_block":
+            factors[name] = 2 ** (int(index) if part == "down_blocks" else levels - 1 - int(index))
+    found = [name for name, own in factors.items() if own == factor]
+    if not found:
+        choices = sorted(set(factors.values()))
+        raise ConfigError(f"map_factor is {factor}; the UNet has cross-attention at {', '.join(map(str, choices))}")
+    return found
+
+
+def check_architecture(unet: UNet) -> None:
+    """Refuses what is not a UNet of Stable Diffusion 1, 2 or XL with its own attention layers.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ConfigError(
+            f"the model is a {type(unet).__name__}; LoRA-Composer takes UNets of Stable Diffusion 1, 2, XL"
+        )
+    model: UNet = unet
+    config = model.config
+    odd = {*config.down_block_types, config.mid_block_type, *config.up_block_types} - _BLOCKS - {None}
+    flags = ("only_cross_attention", "dual_cross_attention", "encoder_hid_dim_type", "cross_attention_norm")
+    found = sorted(odd) + [name for name in flags if config[name] not in (None, False)]
+    if found:
+        raise ConfigError(f"the UNet has {', '.join(found)}; LoRA-Composer takes those of Stable Diffusion 1, 2, XL")
+    for name, processor in model.attn_processors.items():
+        if not isinstance(processor, AttnProcessor | AttnProcessor2_0):
+            kind = type(processor).__name__
+            raise ConfigError(f"{name} is a {kind}; call unet.set_default_attn_processor() before composing")
+
+
+def _check_scene(unet: UNet, scene: Scene, layers: int) -> None:
     width = unet.config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     texts = {"the image": scene.text} | {f"region {index}": region.text for index, region in enumerate(scene.regions)}
@@ -244,22 +303,24 @@ def check_scene(unet: "UNet2DConditionModel", scene: Scene, layers: int) -> None
             fits = tensor.ndim == 3 and tensor.shape[0] in (1, layers) and tensor.shape[2] == width
             if not fits or tensor.shape[1] != text.positive.shape[1]:
                 raise ConfigError(
-                    f"{kind} text of {owner} is {tuple(tensor.shape)}; this UNet takes (1 or {layers}, tokens, {width}), "
-                    "as many tokens in the negative text as in the positive"
+                    f"{kind} text of {owner} is {tuple(tensor.shape)}; this UNet takes (1 or {layers}, tokens, {width})"
+                    " with as many tokens in the negative text as in the positive"
                 )
             if not tensor.isfinite().all():
                 raise ConfigError(f"{kind} text of {owner} is not finite; look for NaN in the text encoder or its LoRA")
     for index, region in enumerate(scene.regions):
         count = region.text.positive.shape[1]
         if not region.tokens or not all(0 <= token < count for token in region.tokens):
-            raise ConfigError(f"tokens of region {index} are {list(region.tokens)}; give positions from 0 to {count - 1}")
+            raise ConfigError(
+                f"tokens of region {index} are {list(region.tokens)}; give positions from 0 to {count - 1}"
+            )
         for lora, _ in region.loras:
             _check_lora(unet, lora, f"LoRA of region {index}")
     for lora, _ in scene.background:
         _check_lora(unet, lora, "LoRA of the background")
 
 
-def _check_lora(unet: nn.Module, lora: Mapping[str, LowRank], owner: str) -> None:
+def _check_lora(unet: UNet, lora: Mapping[str, LowRank], owner: str) -> None:
     modules = dict(unet.named_modules())
     for name, change in lora.items():
         weight = getattr(modules.get(name), "weight", None)

@@ -1,0 +1,335 @@
+"""The sampler against a slow one written from the formulas, and what must not change a composition.
+
+The slow one merges weights, recomputes every prompt in every layer and step, sees the whole image for every region,
+masks by a dense matrix filled in loops, and runs the whole UNet for its gradients.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UNet2DConditionModel,
+)
+
+from vision_lowrank.composer.layout import Box, Region, Scene, Text
+from vision_lowrank.composer.lora_files import LowRank
+from vision_lowrank.composer.losses import CONSTANTS, Constants
+from vision_lowrank.composer.sampler import Settings, compose
+
+WIDTH, TOKENS, HEIGHT_OF_LATENT, WIDTH_OF_LATENT = 8, 7, 12, 16
+LAYERS = [
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn2",
+    "mid_block.attentions.0.transformer_blocks.0.attn2",
+    "up_blocks.0.attentions.0.transformer_blocks.0.attn2",
+    "up_blocks.0.attentions.1.transformer_blocks.0.attn2",
+    "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2",
+]
+# factor 2: the second of two levels, without the middle block
+MAP_LAYERS = [LAYERS[1], LAYERS[3], LAYERS[4]]
+MAP_SIZE = (6, 8)
+
+
+def build_unet(**options):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": (HEIGHT_OF_LATENT, WIDTH_OF_LATENT),
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "cross_attention_dim": WIDTH,
+            "attention_head_dim": 2,
+        }
+        | options
+    )
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            # attention that has preferences, else all maps are flat
+            if "to_q" in name or "to_k" in name:
+                parameter.mul_(5)
+    return unet.double().eval()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return build_unet()
+
+
+def text(seed, layers=1):
+    generator = torch.Generator().manual_seed(seed)
+    positive, negative = torch.randn(2, layers, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    return Text(positive, negative)
+
+
+def lora(unet, seed, endings=("attn2.to_k", "attn2.to_v", "attn2.to_out.0"), scale=0.7, rank=2):
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name, module in unet.named_modules():
+        if name.endswith(endings):
+            out, width = module.weight.shape[:2]
+            down = torch.randn(rank, width, generator=generator, dtype=torch.float64)
+            changes[name] = LowRank(down, 0.3 * torch.randn(out, rank, generator=generator, dtype=torch.float64), scale)
+    return changes
+
+
+def scene(unet, count=2, layers=1, background=()):
+    """Two disjoint boxes, or three that overlap; the second has two LoRAs, one of them at half strength."""
+    boxes = [Box(0, 0, 0.5, 0.5), Box(0.4, 0.55, 1, 1)]
+    if count == 3:
+        boxes = [Box(0, 0, 0.7, 0.5), Box(0.3, 0.3, 1, 0.8), Box(0.5, 0.1, 0.8, 0.6)]
+    loras = [[(lora(unet, 1), 1.0)], [(lora(unet, 2), 0.5), (lora(unet, 3), 1.0)], [(lora(unet, 1), 0.8)]]
+    tokens = [[1, 2], [4], [2, 3, 5]]
+    regions = [Region(box, text(10 + index, layers), tokens[index], loras[index]) for index, box in enumerate(boxes)]
+    return Scene(text(5, layers), regions, background)
+
+
+def noise(images=1, seed=7):
+    shape = (images, 4, HEIGHT_OF_LATENT, WIDTH_OF_LATENT)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# the slow method
+
+
+def changed(weight, loras, name):
+    for changes, strength in loras:
+        if name in changes:
+            change = changes[name]
+            delta = strength * change.scale * change.up @ change.down
+            weight = weight + delta.reshape(weight.shape)
+    return weight
+
+
+def slow_cells(box, height, width, policy):
+    if policy == "inner":
+        cells = [math.ceil(box.top * height), math.ceil(box.left * width)]
+        cells += [math.floor(box.bottom * height), math.floor(box.right * width)]
+    else:
+        cells = [
+            min(range(size + 1), key=lambda border, edge=edge, size=size: abs(border - edge * size))
+            for edge, size in ((box.top, height), (box.left, width), (box.bottom, height), (box.right, width))
+        ]
+    return cells if cells[2] > cells[0] and cells[3] > cells[1] else None
+
+
+def slow_masks(boxes, size, policy):
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, box in zip(masks, boxes, strict=True):
+        cells = slow_cells(box, *size, policy)
+        if cells:
+            mask[cells[0] : cells[2], cells[1] : cells[3]] = True
+    return masks
+
+
+class SlowAttention:
+    def __init__(self, name, base, scene, settings, log):
+        self.name, self.base, self.scene, self.settings, self.log = name, base, scene, settings, log
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        positions = hidden_states.shape[1]
+        halves = {12 * 16: (12, 16), 6 * 8: (6, 8)}
+        masks = slow_masks([region.box for region in self.scene.regions], halves[positions], self.settings.cells)
+        flat = masks.flatten(1)
+        query = self.heads(attn.to_q(hidden_states), attn)
+        if self.name.endswith("attn1"):
+            key, value = (self.heads(layer(hidden_states), attn) for layer in (attn.to_k, attn.to_v))
+            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if self.settings.self_mask:
+                scores = scores + self.penalties(flat)
+            probabilities = scores.softmax(-1)
+            self.log.setdefault(self.name, probabilities[-1:].mean(1))
+            return self.project(probabilities @ value, attn.to_out[0].weight, attn.to_out[0].bias)
+        out, _ = self.prompted(query, self.scene.text, attn.to_k.weight, attn.to_v.weight, attn.to_out[0].weight, attn)
+        base = self.base.get_submodule(self.name)
+        total, count = torch.zeros_like(out), flat.sum(0)
+        for index, region in enumerate(self.scene.regions):
+            weights = [
+                changed(module.weight, region.loras, f"{self.name}.{layer}")
+                for layer, module in (("to_k", base.to_k), ("to_v", base.to_v), ("to_out.0", base.to_out[0]))
+            ]
+            own, probabilities = self.prompted(query, region.text, *weights, attn)
+            self.log.setdefault(f"{self.name}/{index}", probabilities[-1:].mean(1))
+            total = total + own * flat[index][:, None]
+        if not self.settings.injection:
+            return out
+        return torch.where((count > 0)[:, None], total / count.clamp(min=1)[:, None], out)
+
+    def prompted(self, query, prompt, to_k, to_v, to_out, attn):
+        index = LAYERS.index(self.name) if len(prompt.positive) > 1 else 0
+        states = torch.stack([prompt.negative[index], prompt.positive[index]])[-len(query) :]
+        key, value = (self.heads(states @ weight.T, attn) for weight in (to_k, to_v))
+        probabilities = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
+        return self.project(probabilities @ value, to_out, attn.to_out[0].bias), probabilities
+
+    def penalties(self, flat):
+        owners = [set(column.nonzero().flatten().tolist()) for column in flat.T]
+
+        def penalty(of_query, of_key):
+            if self.settings.overlaps == "official":
+                return -1e6 * sum(one != other for one in of_query for other in of_key)
+            return -1e6 if of_query and of_key and not of_query & of_key else 0.0
+
+        return torch.tensor([[penalty(query, key) for key in owners] for query in owners], dtype=torch.float64)
+
+    @staticmethod
+    def heads(x, attn):
+        return x.reshape(*x.shape[:2], attn.heads, -1).permute(0, 2, 1, 3)
+
+    @staticmethod
+    def project(x, weight, bias):
+        return x.permute(0, 2, 1, 3).flatten(2) @ weight.T + bias
+
+
+def slow_total(log, scene, settings):
+    constants = settings.constants
+    height, width = MAP_SIZE
+    masks = slow_masks([region.box for region in scene.regions], MAP_SIZE, settings.cells)
+    own = sum(log[name.replace("attn2", "attn1")] for name in MAP_LAYERS)[0] / len(MAP_LAYERS)
+    total = torch.zeros((), dtype=torch.float64)
+    axis = torch.tensor([math.exp(-1), 1.0, math.exp(-1)], dtype=torch.float64)
+    kernel = torch.outer(axis, axis) / axis.sum() ** 2
+    for index, region in enumerate(scene.regions):
+        mask = masks[index]
+        area = int(mask.sum())
+        if not area:
+            continue
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        u, v = (
+            torch.linspace(-1, 1, len(found), dtype=torch.float64) if len(found) > 1 else torch.zeros(1)
+            for found in (rows, columns)
+        )
+        bell = torch.exp(-(u[:, None] ** 2 + v**2) / 2)
+        centre = torch.zeros(MAP_SIZE, dtype=torch.float64)
+        centre[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = bell / bell.max()
+        cross = sum(log[f"{name}/{index}"] for name in MAP_LAYERS)[0] / len(MAP_LAYERS)
+        count = max(int(area * constants.top), constants.least)
+        for token in region.tokens:
+            padded = F.pad(cross[:, token].reshape(1, 1, *MAP_SIZE), (1, 1, 1, 1), mode="reflect")
+            attention = F.conv2d(padded, kernel[None, None])[0, 0] * mask
+            strongest = (attention * centre).flatten().sort(descending=True).values[:count].mean()
+            if settings.enhancement:
+                total = total + constants.enhancement * (1 - strongest).clamp(min=0)
+            missing_x = (attention.max(0).values - mask.any(0).double()).abs().sum()
+            missing_y = (attention.max(1).values - mask.any(1).double()).abs().sum()
+            if settings.fill and constants.fill_mean == "joint":
+                total = total + constants.fill * (missing_x + missing_y) / (height + width)
+            elif settings.fill:
+                total = total + constants.fill * (missing_x / width + missing_y / height)
+        flat = mask.flatten()
+        leaving = own[flat][:, ~flat].flatten()
+        if settings.region:
+            total = total + constants.region * leaving.sort(descending=True).values[:count].mean()
+    return total
+
+
+def slow_windows(latents, log, scene, settings, standard):
+    """Lays the latents out anew; a position of the maps is 2 by 2 latents."""
+    out = latents.clone()
+    for index, region in enumerate(scene.regions):
+        cells = slow_cells(region.box, *MAP_SIZE, settings.cells)
+        if not cells:
+            continue
+        tall, wide = cells[2] - cells[0], cells[3] - cells[1]
+        cross = sum(log[f"{name}/{index}"] for name in MAP_LAYERS)[0]
+        score = cross[:, list(region.tokens)].sum(1).reshape(MAP_SIZE)
+        places = [(row, column) for row in range(7 - tall) for column in range(9 - wide)]
+        row, column = max(places, key=lambda p: float(score[p[0] : p[0] + tall, p[1] : p[1] + wide].sum()))
+        patch = latents[:, :, 2 * row : 2 * (row + tall), 2 * column : 2 * (column + wide)]
+        out[:, :, 2 * cells[0] : 2 * cells[2], 2 * cells[1] : 2 * cells[3]] = patch
+    mean, deviation = (0, standard) if settings.constants.moments == "normal" else (latents.mean(), latents.std())
+    return (out - out.mean()) / out.std() * deviation + mean
+
+
+def slow_compose(base, scheduler, scene, start, steps, guidance_scale, settings):
+    """Composes one image; returns its latents and the losses."""
+    unet = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if hasattr(module, "weight") and module.weight is not None:
+                module.weight.copy_(changed(module.weight, scene.background, name))
+
+    def run(latents, timestep, rows):
+        log = {}
+        unet.set_attn_processor(
+            {
+                name: SlowAttention(name.removesuffix(".processor"), base, scene, settings, log)
+                for name in unet.attn_processors
+            }
+        )
+        sample = scheduler.scale_model_input(torch.cat([latents] * rows), timestep)
+        return unet(sample, timestep, torch.zeros(rows, TOKENS, WIDTH, dtype=torch.float64)).sample, log
+
+    def gradient(latents, timestep):
+        leaf = latents.clone().requires_grad_()
+        loss = slow_total(run(leaf, timestep, 1)[1], scene, settings)
+        return loss.item(), torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)
+
+    constants = settings.constants
+    scheduler.set_timesteps(steps)
+    latents = start * scheduler.init_noise_sigma
+    first = scheduler.timesteps[0]
+    if settings.reinitialisation:
+        if constants.start_step:
+            latents = latents - 20 * gradient(latents, first)[1]
+        with torch.no_grad():
+            latents = slow_windows(
+                latents, run(latents, first, 1)[1], scene, settings, float(scheduler.init_noise_sigma)
+            )
+    losses, going, count = [], True, len(scheduler.timesteps)
+    for step, timestep in enumerate(scheduler.timesteps):
+        losses.append(math.nan)
+        if going:
+            losses[-1], slope = gradient(latents, timestep)
+            share = 1 - 0.5 * step / (count - 1)
+            latents = latents - 20 * (math.sqrt(share) if constants.decay == "root" else share) * slope
+            going = not (step >= constants.patience and step and losses[-1] > losses[-2])
+            going = going and (constants.last is None or step < constants.last)
+        with torch.no_grad():
+            negative, positive = run(latents, timestep, 2)[0].chunk(2)
+            latents = scheduler.step(negative + guidance_scale * (positive - negative), timestep, latents).prev_sample
+    return latents, losses
+
+
+CASES = {
+    "code, two concepts": (2, {}, {}, DPMSolverMultistepScheduler),
+    "paper, two concepts": (2, {"constants": CONSTANTS["paper"]}, {}, DPMSolverMultistepScheduler),
+    "code, three that overlap, layered text": (3, {}, {"layers": 7}, HeunDiscreteScheduler),
+    "paper, three that overlap, noise scaled up": (3, {"constants": CONSTANTS["paper"]}, {}, HeunDiscreteScheduler),
+    "the original's overlaps and cells": (
+        3,
+        {"overlaps": "official", "cells": "inner"},
+        {},
+        DPMSolverMultistepScheduler,
+    ),
+    "background": (2, {}, {"background": True}, DPMSolverMultistepScheduler),
+    "without injection": (2, {"injection": False}, {}, DPMSolverMultistepScheduler),
+    "without mask and fill": (2, {"self_mask": False, "fill": False}, {}, DPMSolverMultistepScheduler),
+    "without enhancement and layout": (2, {"enhancement": False, "reinitialisation": False}, {}, HeunDiscreteScheduler),
+    "stops early": (2, {"constants": Constants(patience=1, last=2)}, {}, HeunDiscreteScheduler),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_composition_is_that_of_the_slow_method(unet, case):
+    count, options, extra, kind = copy.deepcopy(CASES[case])
+    if extra.pop("background", False):
+        endings = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2")
+        extra["background"] = [(lora(unet, 9, endings), 0.6)]
+    settings = Settings(map_factor=2, **options)
+    composed_scene = scene(unet, count, **extra)
+    # the second scheduler, which scales its latents in float64, takes two timesteps a step but the first
+    steps = 5 if kind is DPMSolverMultistepScheduler else 3
+    found = compose(unet, kind(), composed_scene, noise(), steps, 3.0, settings)
+    latents, losses = slow_compose(unet, kind(), composed_scene, noise(), steps, 3.0, settings)
+    expected = torch.tensor(losses, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(found.losses, expected, rtol=1e-8, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.latents, latents, rtol=1e-7, atol=1e-7)

@@ -1,0 +1,352 @@
+"""Attention layers that know where each concept belongs, put into a UNet for a call and taken out after it.
+
+`S` is the number of images made together, `N` of positions, `T` of a prompt's tokens. Prompts come in two rows, the
+negative one and the positive one. Cross-attention layers are numbered down, middle, up, as ED-LoRA numbers them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_lowrank.composer.layout import CellPolicy, Lora, OverlapPolicy, Places, Scene, Text, UNet, checked_layers
+
+Factors: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Maps(NamedTuple):
+    """Attention probabilities, means over heads and layers.
+
+    Args:
+        cross: for each region (S, height, width, T).
+        own: self-attention (S, N, N), queries first; None where not asked for.
+    """
+
+    cross: list[Tensor]
+    own: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        _, height, width, _ = self.cross[0].shape
+        return height, width
+
+
+class _MapsComplete(Exception):
+    """All maps are there; the rest of the UNet would not change them."""
+
+
+class _Branch(NamedTuple):
+    """One prompt at one layer: key and value (2, heads, T, head width), low-rank change of the output projection."""
+
+    key: Tensor
+    value: Tensor
+    out: Factors | None
+
+
+class RegionalUNet:
+    """A UNet with its layers exchanged; made by `regional_unet`."""
+
+    def __init__(self, unet: UNet, scene: Scene, map_layers: Sequence[str], **policies: Any) -> None:
+        self.unet = unet
+        self.scene = scene
+        self.map_layers = map_layers
+        self.size = (0, 0)  # of the map in the transformer that runs now
+        self.rows = slice(0, 2)
+        self.cross: list[list[Tensor]] | None = None
+        self.own: list[Tensor] | None = None
+        self._policies = policies
+        self._places: dict[tuple[int, int], Places] = {}
+
+    def places(self, size: tuple[int, int] | None = None) -> Places:
+        """Returns where the regions are on a map of that height and width; by default, of the layer that runs."""
+        size = size or self.size
+        if size not in self._places:
+            boxes = [region.box for region in self.scene.regions]
+            self._places[size] = Places(boxes, size, **self._policies, device=self.unet.device)
+        return self._places[size]
+
+    def noise(self, sample: Tensor, timestep: Tensor | int, negative: bool = True) -> Tensor:
+        """Returns the UNet's output.
+
+        Args:
+            sample: scaled latents (S, channels, height, width).
+            timestep: its timestep.
+            negative: both rows (2 S, ...), the negative ones first; otherwise the positive ones (S, ...).
+        """
+        self.rows = slice(0 if negative else 1, 2)
+        count = 2 if negative else 1
+        sample = torch.cat([sample] * count).to(self.unet.dtype)
+        text = self.scene.text
+        # the layers have their prompts already; this only tells the UNet that there is one
+        states = torch.stack([text.negative[0], text.positive[0]]).to(sample)
+        added = {name: self.of_rows(value.to(sample), len(sample)) for name, value in self.scene.added.items()}
+        out: Tensor = self.unet(
+            sample, timestep, self.of_rows(states, len(sample)), added_cond_kwargs=added or None, return_dict=False
+        )[0]
+        return out
+
+    def maps(self, sample: Tensor, timestep: Tensor | int, own: bool = True) -> Maps:
+        """Runs the positive prompts up to the last layer whose maps are used.
+
+        Args:
+            sample: scaled latents (S, channels, height, width).
+            timestep: its timestep.
+            own: also the maps of self-attention.
+        """
+        self.cross, self.own = [[] for _ in self.scene.regions], [] if own else None
+        try:
+            self.noise(sample, timestep, negative=False)
+        except _MapsComplete:
+            cross = [torch.stack(layers).mean(0).unflatten(1, self.size) for layers in self.cross]
+            return Maps(cross, torch.stack(self.own).mean(0) if self.own else None)
+        finally:
+            self.cross = self.own = None
+        raise AssertionError("unreachable: the last of the map layers ends the pass")
+
+    def of_rows(self, tensor: Tensor, batch: int) -> Tensor:
+        """Maps (2, ...) to a batch with the rows of the present pass, each once for every image."""
+        tensor = tensor[self.rows]
+        return tensor if len(tensor) == batch else tensor.repeat_interleave(batch // len(tensor), 0)
+
+
+class _CrossAttention:
+    """Puts each region's own prompt into its box; see `regional_unet`."""
+
+    def __init__(self, model: RegionalUNet, name: str, injection: bool, prompts: list[_Branch]) -> None:
+        self.model = model
+        self.everywhere, *self.regions = prompts
+        self.injection = injection
+        self.mapped = name in model.map_layers
+        self.last = name == model.map_layers[-1]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        query = _split(attn.to_q(hidden_states), attn.heads)
+        seen: list[Tensor | None] = [None] * len(self.regions)
+        if self.mapped and self.model.cross is not None:
+            for index, (region, layers) in enumerate(zip(self.regions, self.model.cross, strict=True)):
+                probabilities = _probabilities(query, self._rows(region.key, query))
+                layers.append(probabilities.mean(1))
+                seen[index] = probabilities
+            if self.last:
+                raise _MapsComplete
+        if not self.injection or not any(self.model.places().cells):
+            hidden_states = attn.to_out[0](_merge(self._attend(query, self.everywhere)))
+        else:
+            hidden_states = self._inject(attn, query, seen)
+        out: Tensor = attn.to_out[1](hidden_states)
+        return out
+
+    def _inject(self, attn: Any, query: Tensor, seen: list[Tensor | None]) -> Tensor:
+        """Returns the projected output; `seen` holds the probabilities of regions where they are known already."""
+        places = self.model.places()
+        everywhere = [places.outside, *places.positions]
+        shares = places.shares.to(query.dtype)[:, None]
+        parts: list[Tensor] = []
+        changes: list[Tensor] = []
+        changed: list[Tensor] = []
+        for prompt, positions, known in zip([self.everywhere, *self.regions], everywhere, [None, *seen], strict=True):
+            if known is None:
+                attended = self._attend(query[:, :, positions], prompt)
+            else:
+                attended = known[:, :, positions].to(query.dtype) @ self._rows(prompt.value, query)
+            parts.append(_merge(attended) * shares[positions])
+            if prompt.out is not None:
+                changes.append(_low_rank(parts[-1], prompt.out))
+                changed.append(positions)
+        whole = query.new_zeros(query.shape[0], query.shape[2], parts[0].shape[2])
+        whole = whole.index_add(1, torch.cat(everywhere), torch.cat(parts, 1))
+        # the projection is linear and the shares of a position sum to 1, so the base's part is the same for all
+        out: Tensor = attn.to_out[0](whole)
+        return out.index_add(1, torch.cat(changed), torch.cat(changes, 1)) if changes else out
+
+    def _attend(self, query: Tensor, prompt: _Branch) -> Tensor:
+        return F.scaled_dot_product_attention(query, self._rows(prompt.key, query), self._rows(prompt.value, query))
+
+    def _rows(self, tensor: Tensor, query: Tensor) -> Tensor:
+        return self.model.of_rows(tensor, len(query))
+
+
+class _SelfAttention:
+    """Keeps concepts from seeing each other; see `regional_unet`."""
+
+    def __init__(self, model: RegionalUNet, masked: bool, mapped: bool) -> None:
+        self.model = model
+        self.masked = masked
+        self.mapped = mapped
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        query, key, value = (_split(layer(hidden_states), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        places = self.model.places()
+        groups = places.groups if self.masked else None
+        if self.mapped and self.model.own is not None:
+            probabilities = _probabilities(query, key, places.visible if groups else None)
+            self.model.own.append(probabilities.mean(1))
+            attended = probabilities.to(value.dtype) @ value
+        elif groups is None:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            parts = [
+                F.scaled_dot_product_attention(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+                for queries, keys in groups
+            ]
+            attended = torch.cat(parts, 2)[:, :, places.order]
+        out: Tensor = attn.to_out[1](attn.to_out[0](_merge(attended)))
+        return out
+
+
+@contextmanager
+def regional_unet(
+    unet: UNet,
+    scene: Scene,
+    *,
+    injection: bool = True,
+    self_mask: bool = True,
+    cells: CellPolicy = "nearest",
+    overlaps: OverlapPolicy = "own",
+    map_factor: int = 4,
+) -> Iterator[RegionalUNet]:
+    """Exchanges the attention layers of a UNet, and puts the old ones back at the end, whatever happens.
+
+    Cross-attention takes, inside a box, keys and values of that region's prompts and weights; where boxes overlap, the
+    mean of theirs. Queries are the base's. Keys and values are computed here, once. Parameters get no gradient.
+
+    Args:
+        unet: of Stable Diffusion 1, 2 or XL.
+        scene: what is to be composed.
+        injection: regions take their own prompts and LoRAs; without it, only maps know of them.
+        self_mask: a position in a box sees the box and the background, and what `overlaps` says.
+        cells: see `Box.cells`.
+        overlaps: see `Places`.
+        map_factor: maps are those of the layers with this many latents along a side of a position; the middle block
+            is left out.
+
+    Raises:
+        ConfigError: another architecture, exchanged attention layers, no layer for maps, or text of a wrong shape.
+        AdapterError: a LoRA does not fit the UNet, or is not finite.
+    """
+    layers, map_layers = checked_layers(unet, scene, map_factor)
+    model = RegionalUNet(unet, scene, map_layers, cells=cells, overlaps=overlaps)
+    with ExitStack() as stack:
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        stack.callback(_set_gradients, trained, True)
+        _set_gradients(trained, False)
+        regions = [_prompts(unet, layers, region.text, region.loras, scene.background) for region in scene.regions]
+        for name in sorted({name for lora, _ in scene.background for name in lora}):
+            factors = combine(scene.background, name, unet)
+            if factors is not None:
+                stack.callback(unet.get_submodule(name).register_forward_hook(_Addition(factors)).remove)
+        everywhere = _prompts(unet, layers, scene.text, (), ())
+        stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
+        for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
+            hook = _SizeHook(model)
+            stack.callback(unet.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        processors: dict[str, _CrossAttention | _SelfAttention] = {}
+        for index, name in enumerate(layers):
+            prompts = [everywhere[index], *(region[index] for region in regions)]
+            processors[f"{name}.processor"] = _CrossAttention(model, name, injection, prompts)
+            own = _SelfAttention(model, masked=self_mask, mapped=name in map_layers)
+            processors[f"{name.removesuffix('attn2')}attn1.processor"] = own
+        unet.set_attn_processor(processors)
+        yield model
+
+
+def combine(loras: Sequence[Lora], name: str, unet: UNet) -> Factors | None:
+    """Returns one pair of factors (rank, in), (out, rank) for what several LoRAs change in a module; None for nothing.
+
+    Scales and strengths are in the second factor; both have the module's type and device.
+    """
+    weight = unet.get_submodule(name).weight
+    found = [(lora[name], lora[name].scale * strength) for lora, strength in loras if name in lora and strength]
+    if not found:
+        return None
+    down = torch.cat([change.down.to(weight) for change, _ in found])
+    return down, torch.cat([(change.up * scale).to(weight) for change, scale in found], 1)
+
+
+@torch.no_grad()
+def _prompts(
+    unet: UNet, layers: Sequence[str], text: Text, loras: Sequence[Lora], background: Sequence[Lora]
+) -> list[_Branch]:
+    """Returns keys, values and change of the output projection at each layer."""
+    # the background changes all outputs of a layer, so a region takes that back
+    instead = [*loras, *((lora, -strength) for lora, strength in background)]
+    out = []
+    for index, name in enumerate(layers):
+        attn = unet.get_submodule(name)
+        rows = [tensor[index if len(tensor) > 1 else 0] for tensor in (text.negative, text.positive)]
+        states = torch.stack(rows).to(attn.to_k.weight)
+        found = {}
+        for layer in ("to_k", "to_v"):
+            factors = combine(loras, f"{name}.{layer}", unet)
+            change = 0 if factors is None else _low_rank(states, factors)
+            found[layer] = _split(getattr(attn, layer)(states) + change, attn.heads)
+        out.append(_Branch(found["to_k"], found["to_v"], combine(instead, f"{name}.to_out.0", unet)))
+    return out
+
+
+class _Addition:
+    """Forward hook that adds a low-rank change to a layer's output."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if isinstance(module, nn.Conv2d):
+            hidden = F.conv2d(inputs[0], self.factors[0][:, :, None, None])
+            return output + F.conv2d(hidden, self.factors[1][:, :, None, None])
+        return output + _low_rank(inputs[0], self.factors)
+
+
+class _SizeHook:
+    """Forward hook that notes the size of the map that a transformer works on."""
+
+    def __init__(self, model: RegionalUNet) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = inputs[0] if inputs else named["hidden_states"]
+        self.model.size = tuple(states.shape[-2:])
+
+
+def _set_gradients(parameters: Sequence[nn.Parameter], required: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(required)
+
+
+def _low_rank(x: Tensor, factors: Factors) -> Tensor:
+    return F.linear(F.linear(x, factors[0]), factors[1])
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """Maps (B, N, C) to (B, heads, N, C / heads)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """Maps (B, heads, N, head width) to (B, N, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _probabilities(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Returns the softmax (B, heads, N, M) of the scores, at least in float32."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))

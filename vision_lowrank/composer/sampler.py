@@ -1,0 +1,235 @@
+"""LoRA-Composer's sampling: lay out the noise, then, step by step, move the latent along the losses and denoise it."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_lowrank.composer.attention import Maps, RegionalUNet, regional_unet
+from vision_lowrank.composer.layout import CellPolicy, OverlapPolicy, Scene, UNet
+from vision_lowrank.composer.losses import LOSSES, Constants, Losses, evaluate, token_maps
+from vision_lowrank.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which parts of the method run, and how.
+
+    Args:
+        injection: regions take their own prompts and LoRAs in cross-attention.
+        self_mask: concepts do not see each other in self-attention.
+        enhancement: the loss that strengthens a concept's tokens in its box.
+        fill: the loss that spreads them over the box.
+        region: the loss on what a box sees outside it.
+        reinitialisation: the noise is laid out anew before the first step.
+        constants: numbers of the method.
+        cells: see `layout.Box.cells`.
+        overlaps: see `layout.Places`.
+        map_factor: latents along a side of a position of the maps.
+    """
+
+    injection: bool = True
+    self_mask: bool = True
+    enhancement: bool = True
+    fill: bool = True
+    region: bool = True
+    reinitialisation: bool = True
+    constants: Constants = field(default_factory=Constants)
+    cells: CellPolicy = "nearest"
+    overlaps: OverlapPolicy = "own"
+    map_factor: int = 4
+
+    @property
+    def weights(self) -> Constants:
+        """The constants, with weight 0 for losses that are off."""
+        return self.constants.only([name for name in LOSSES if getattr(self, name)])
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Arguments of `regional_unet`."""
+        names = ("injection", "self_mask", "cells", "overlaps", "map_factor")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What was composed.
+
+    Args:
+        latents: the finished latents (S, channels, height, width).
+        losses: the loss (steps, S) before each step along its gradient; NaN where an image took none.
+    """
+
+    latents: Tensor
+    losses: Tensor
+
+
+def compose(
+    unet: UNet,
+    scheduler: Any,
+    scene: Scene,
+    noise: Tensor,
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    settings: Settings | None = None,
+    generator: torch.Generator | None = None,
+) -> Composition:
+    """Composes images of one scene from noise; the UNet is left as it was.
+
+    Args:
+        unet: of Stable Diffusion 1, 2 or XL.
+        scheduler: any with `scale_model_input`.
+        scene: what is to be composed.
+        noise: standard normal (S, channels, height, width), one for each image.
+        steps: number of denoising steps.
+        guidance_scale: of the positive over the negative prompts; at most 1, only the positive ones are run.
+        settings: parts of the method.
+        generator: for schedulers that add noise.
+
+    Raises:
+        ConfigError: UNet, scene, noise or settings do not go together, or the latents are no longer finite.
+        AdapterError: a LoRA does not fit the UNet.
+    """
+    settings = settings or Settings()
+    _check_noise(unet, noise, settings.map_factor)
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * scheduler.init_noise_sigma
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    with torch.no_grad(), regional_unet(unet, scene, **settings.attention) as model:
+        if settings.reinitialisation and scene.regions:
+            latents = _laid_out(model, scheduler, latents, settings)
+        guidance = _Guidance(model, scheduler, settings.weights, len(latents))
+        for index, timestep in enumerate(scheduler.timesteps):
+            latents = guidance.move(latents, timestep, index)
+            sample = scheduler.scale_model_input(latents, timestep)
+            prediction = model.noise(sample, timestep, negative=guidance_scale > 1)
+            if guidance_scale > 1:
+                negative, positive = prediction.chunk(2)
+                prediction = negative + guidance_scale * (positive - negative)
+            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+    if not latents.isfinite().all():
+        raise ConfigError("the latents are not finite; compose in float32 or bfloat16, or with a smaller step_size")
+    return Composition(latents, torch.stack(guidance.losses))
+
+
+def measure(
+    model: RegionalUNet, scheduler: Any, latents: Tensor, timestep: Tensor, constants: Constants
+) -> tuple[Losses, Maps]:
+    """Returns the losses at some latents, and the maps they are computed from.
+
+    Args:
+        model: a UNet inside `regional_unet`.
+        scheduler: scales the latents.
+        latents: (S, channels, height, width); images do not influence each other.
+        timestep: the step's.
+        constants: weights and other numbers.
+    """
+    maps = model.maps(scheduler.scale_model_input(latents, timestep), timestep, own=constants.region > 0)
+    tokens = [region.tokens for region in model.scene.regions]
+    return evaluate(maps, tokens, model.places(maps.size), constants), maps
+
+
+def guide(
+    model: RegionalUNet, scheduler: Any, latents: Tensor, timestep: Tensor, constants: Constants
+) -> tuple[Tensor, Tensor]:
+    """Returns the total losses (S,) and their gradient at the latents; arguments as for `measure`."""
+    with torch.enable_grad():
+        latents = latents.detach().requires_grad_()
+        total = measure(model, scheduler, latents, timestep, constants)[0].total
+        if not total.requires_grad:
+            # no region has a cell on these maps
+            return total, torch.zeros_like(latents)
+        (gradient,) = torch.autograd.grad(total.sum(), latents)
+    return total.detach(), gradient
+
+
+def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Copies, for each region, the part of the latent that its concept attends to most into its box.
+
+    Args:
+        latents: (S, channels, height, width).
+        maps: of the positive prompts at these latents.
+        model: knows the regions.
+        moments: mean and deviation that each image gets, (S, 1, 1, 1); None for what they were.
+    """
+    factor = -(-latents.shape[2] // maps.size[0])
+    out = latents.clone()
+    for region, cross, cells in zip(model.scene.regions, maps.cross, model.places(maps.size).cells, strict=True):
+        if cells is None:
+            continue
+        top, left, bottom, right = cells
+        scores = token_maps(cross, region.tokens).sum(1, keepdim=True)
+        sums = F.conv2d(scores, scores.new_ones(1, 1, bottom - top, right - left))
+        for image, best in enumerate(sums.flatten(1).argmax(1).tolist()):
+            row, column = divmod(best, sums.shape[3])
+            target = out[image, :, top * factor : bottom * factor, left * factor : right * factor]
+            source = latents[image, :, row * factor :, column * factor :]
+            # at the lower and right borders the last position may stand for fewer latents
+            rows, columns = (min(target.shape[axis], source.shape[axis]) for axis in (1, 2))
+            target[:, :rows, :columns] = source[:, :rows, :columns]
+    mean, deviation = moments or _moments(latents)
+    own_mean, own_deviation = _moments(out)
+    return (out - own_mean) / own_deviation * deviation + mean
+
+
+def _laid_out(model: RegionalUNet, scheduler: Any, latents: Tensor, settings: Settings) -> Tensor:
+    timestep = scheduler.timesteps[0]
+    constants = settings.weights
+    moments = None
+    if constants.moments == "normal":
+        deviation = latents.new_full((len(latents), 1, 1, 1), float(scheduler.init_noise_sigma))
+        moments = (torch.zeros_like(deviation), deviation)
+    if constants.start_step:
+        _, gradient = guide(model, scheduler, latents, timestep, constants)
+        latents = latents - constants.step_at(0, len(scheduler.timesteps)) * gradient
+    maps = model.maps(scheduler.scale_model_input(latents, timestep), timestep, own=False)
+    return reinitialise(latents, maps, model, moments)
+
+
+def _moments(latents: Tensor) -> tuple[Tensor, Tensor]:
+    axes = (1, 2, 3)
+    return latents.mean(axes, keepdim=True), latents.std(axes, keepdim=True)
+
+
+class _Guidance:
+    """Moves latents along the losses, each image until its loss grows; keeps what the losses were."""
+
+    def __init__(self, model: RegionalUNet, scheduler: Any, constants: Constants, images: int) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.constants = constants
+        self.steps = len(scheduler.timesteps)
+        self.losses: list[Tensor] = []
+        wanted = bool(model.scene.regions) and any((constants.enhancement, constants.fill, constants.region))
+        self.active = torch.full((images,), wanted, device=model.unet.device)
+
+    def move(self, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """Returns the latents after a step along the gradient, `index` counted from 0; images that stopped stay."""
+        self.losses.append(latents.new_full((len(latents),), torch.nan))
+        if not self.active.any():
+            return latents
+        total, gradient = guide(self.model, self.scheduler, latents[self.active], timestep, self.constants)
+        self.losses[-1][self.active] = total.to(latents.dtype)
+        moved = latents.clone()
+        moved[self.active] -= self.constants.step_at(index, self.steps) * gradient
+        if index > 0 and index >= self.constants.patience:
+            # false for NaN too, so an image that stopped stays so
+            self.active &= self.losses[-1] <= self.losses[-2]
+        if self.constants.last is not None and index >= self.constants.last:
+            self.active.fill_(False)
+        return moved
+
+
+def _check_noise(unet: UNet, noise: Tensor, factor: int) -> None:
+    """Raises ConfigError where the noise cannot become an image of this UNet."""
+    channels = unet.config.in_channels
+    if noise.ndim != 4 or noise.shape[1] != channels or min(noise.shape[2:], default=0) < 2 * factor:
+        raise ConfigError(
+            f"noise is {tuple(noise.shape)}; this UNet takes (images, {channels}, height, width), both sides at least "
+            f"{2 * factor} so that maps have two positions"
+        )
+    if noise.device != unet.device:
+        raise ConfigError(f"noise is on {noise.device} and the UNet on {unet.device}; put both on one device")

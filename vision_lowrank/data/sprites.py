@@ -1,0 +1,254 @@
+"""A small world to learn text-to-image in: sprites on backgrounds, with captions; every picture follows from its seed.
+
+The sprites are Fluent Emoji (MIT, see `assets/SPRITES_LICENCE.md`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vision_lowrank.errors import ConfigError
+
+# height and width of every picture, and of the largest sprite
+SIDE = 64
+SMALLEST = 20
+SHEET = Path(__file__).parent / "assets" / "sprites.png"
+
+BASE = (
+    *("dog", "cat", "owl", "fish", "butterfly", "turtle", "elephant", "apple"),
+    *("banana", "carrot", "rocket", "car", "boat", "umbrella", "house", "tree"),
+)
+# concepts that the base never sees, each with the base word that comes nearest
+HELD_OUT = {
+    "fox": "dog", "tiger": "cat", "penguin": "owl", "octopus": "fish",
+    "strawberry": "apple", "helicopter": "rocket", "bus": "car", "cactus": "tree",
+}  # fmt: skip
+SPRITES = (*BASE, *HELD_OUT)
+
+COLOURS = {
+    "red": (205, 60, 60), "blue": (70, 110, 215), "green": (80, 170, 90),
+    "yellow": (235, 210, 90), "purple": (145, 85, 175), "gray": (150, 150, 150),
+}  # fmt: skip
+# how a caption speaks of a background
+BACKGROUNDS = {name: f"on a {name} background" for name in COLOURS} | {
+    "grass": "on grass", "sand": "on sand", "snow": "on snow",
+    "water": "on water", "bricks": "on bricks", "sky": "in the night sky",
+}  # fmt: skip
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the middle", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+# largest side of a sprite by the number of sprites in a picture
+LARGEST = {1: SIDE, 2: 40, 3: 30, 4: 28}
+# share of the smaller sprite that a neighbour may cover
+OVERLAP = 0.1
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A sprite in a picture, in pixels."""
+
+    name: str
+    top: int
+    left: int
+    size: int
+
+    @property
+    def place(self) -> str:
+        """The words for where its middle is, by thirds of the picture."""
+        row, column = ((2 * edge + self.size) * 3 // (2 * SIDE) for edge in (self.top, self.left))
+        return PLACES[row][column]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what it shows.
+
+    Args:
+        image: uint8 (height, width, 3).
+        caption: as a user would ask for it.
+        background: name in `BACKGROUNDS`.
+        sprites: from back to front.
+    """
+
+    image: np.ndarray
+    caption: str
+    background: str
+    sprites: tuple[Placed, ...]
+
+
+def vocabulary() -> list[str]:
+    """Returns the words of all captions, and those of the held-out sprites, in alphabetical order."""
+    places = " ".join(place for row in PLACES for place in row)
+    return sorted({*f"a an and , {places} {' '.join(BACKGROUNDS.values())}".split(), *SPRITES})
+
+
+@lru_cache(maxsize=2048)
+def sprite(name: str, size: int = SIDE) -> np.ndarray:
+    """Returns a sprite as float32 (size, size, 4) from 0 to 1, colours multiplied by the fourth channel, the cover.
+
+    Raises:
+        ConfigError: there is no such sprite.
+    """
+    if name not in SPRITES:
+        raise ConfigError(f"sprite {name!r} is unknown; there are {', '.join(SPRITES)}")
+    row, column = divmod(SPRITES.index(name), 8)
+    box = (column * SIDE, row * SIDE, (column + 1) * SIDE, (row + 1) * SIDE)
+    array = np.asarray(_sheet().crop(box).resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+    array[..., :3] *= array[..., 3:]
+    array.flags.writeable = False
+    return array
+
+
+@lru_cache(maxsize=1)
+def _sheet() -> Image.Image:
+    return Image.open(SHEET).convert("RGBA")
+
+
+def paint_background(name: str, generator: np.random.Generator) -> np.ndarray:
+    """Returns a background as float32 (height, width, 3) from 0 to 1; its shade, and texture, are random.
+
+    Raises:
+        ConfigError: there is no such background.
+    """
+    noise = generator.random((SIDE, SIDE, 1), np.float32) - 0.5
+    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)[..., None]
+    if name in COLOURS:
+        picture = np.broadcast_to(_rgb(*COLOURS[name]) / 255, (SIDE, SIDE, 3))
+    elif name == "grass":
+        blades = np.repeat(noise[::4], 4, 0)
+        picture = _rgb(0.35, 0.62, 0.2) + _rgb(0.12, 0.2, 0.1) * blades
+    elif name == "sand":
+        picture = _rgb(0.88, 0.76, 0.52) + 0.12 * noise
+    elif name == "snow":
+        picture = _rgb(0.93, 0.95, 0.98) - _rgb(0.25, 0.2, 0.1) * (noise > 0.45)
+    elif name == "water":
+        waves = np.sin((rows + 2.5 * np.sin(columns / 5 + 6 * generator.random())) * (2 * np.pi / 8))
+        picture = _rgb(0.15, 0.45, 0.7) + 0.1 * waves
+    elif name == "bricks":
+        row, column = generator.integers(0, 16, 2)
+        layer = (rows + row) // 8
+        joint = ((rows + row) % 8 < 1) | ((columns + column + 8 * (layer % 2)) % 16 < 1)
+        picture = np.where(joint, _rgb(0.8, 0.75, 0.7), _rgb(0.65, 0.3, 0.22))
+    elif name == "sky":
+        picture = _rgb(0.06, 0.07, 0.22) + _rgb(0.9, 0.9, 0.7) * (noise > 0.485)
+    else:
+        raise ConfigError(f"background {name!r} is unknown; there are {', '.join(BACKGROUNDS)}")
+    return np.clip(picture + np.float32(generator.uniform(-0.05, 0.05, 3)), 0, 1).astype(np.float32)
+
+
+def _rgb(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def draw(background: str, sprites: Sequence[Placed], generator: np.random.Generator) -> np.ndarray:
+    """Returns a picture, uint8 (height, width, 3), the sprites drawn one over the other."""
+    picture = paint_background(background, generator)
+    for item in sprites:
+        window = picture[item.top : item.top + item.size, item.left : item.left + item.size]
+        shape = sprite(item.name, item.size)
+        window *= 1 - shape[..., 3:]
+        window += shape[..., :3]
+    return np.rint(255 * picture).astype(np.uint8)
+
+
+def lay_out(names: Sequence[str], generator: np.random.Generator) -> tuple[Placed, ...]:
+    """Returns a random size and place for each of at most four sprites, hardly any over another.
+
+    Raises:
+        ConfigError: there are no sprites, or too many.
+    """
+    if len(names) not in LARGEST:
+        raise ConfigError(f"{len(names)} sprites do not fit a picture; give 1 to {max(LARGEST)}")
+    placed: list[Placed] = []
+    while len(placed) < len(names):
+        # the whole layout anew, since the first sprites may leave no room for the last
+        placed = []
+        for name in names:
+            size = int(generator.integers(SMALLEST, LARGEST[len(names)] + 1))
+            top, left = (int(edge) for edge in generator.integers(0, SIDE - size + 1, 2))
+            item = Placed(name, top, left, size)
+            if any(_covered(item, other) > OVERLAP for other in placed):
+                break
+            placed.append(item)
+    return tuple(placed)
+
+
+def _covered(one: Placed, other: Placed) -> float:
+    """Returns the common share of the smaller of two sprites' squares."""
+    height, width = (
+        max(0, min(a + one.size, b + other.size) - max(a, b)) for a, b in ((one.top, other.top), (one.left, other.left))
+    )
+    return height * width / min(one.size, other.size) ** 2
+
+
+def write_caption(sprites: Sequence[Placed], background: str | None, places: bool) -> str:
+    """Returns for example "a dog on the left and an owl on the right on grass".
+
+    Args:
+        sprites: what to name.
+        background: name in `BACKGROUNDS`; None leaves it out.
+        places: whether to say where the sprites are.
+    """
+    parts = [f"{with_article(item.name)}{f' {item.place}' if places else ''}" for item in sprites]
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return text if background is None else f"{text} {BACKGROUNDS[background]}"
+
+
+def with_article(name: str) -> str:
+    """Returns "a dog", "an owl"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def make_picture(
+    generator: np.random.Generator, names: Sequence[str] = BASE, shares: Sequence[float] = (0.4, 0.4, 0.2)
+) -> Picture:
+    """Returns a random picture of one to three different sprites.
+
+    Half of the captions tell places, nine of ten the background.
+
+    Args:
+        generator: source of all that is random.
+        names: sprites to choose from.
+        shares: how often there are one, two, three sprites.
+    """
+    count = 1 + int(generator.choice(len(shares), p=shares))
+    chosen = [names[index] for index in generator.choice(len(names), count, replace=False)]
+    background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
+    placed = lay_out(chosen, generator)
+    caption = write_caption(
+        placed, background if generator.random() < 0.9 else None, places=bool(generator.random() < 0.5)
+    )
+    return Picture(draw(background, placed, generator), caption, background, placed)
+
+
+def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
+    """Returns pictures of one held-out sprite as a user would collect them, captioned "<fox1> <fox2> on grass".
+
+    Sizes are spread evenly, backgrounds follow one another.
+
+    Raises:
+        ConfigError: the sprite is not held out.
+    """
+    if name not in HELD_OUT:
+        raise ConfigError(f"concept={name}: there are {', '.join(HELD_OUT)}")
+    generator = np.random.default_rng([seed, SPRITES.index(name)])
+    backgrounds = generator.permutation(list(BACKGROUNDS))
+    pictures = []
+    for index, size in enumerate(generator.permutation(np.linspace(SMALLEST, SIDE, count).round())):
+        background = str(backgrounds[index % len(backgrounds)])
+        top, left = (int(edge) for edge in generator.integers(0, SIDE - int(size) + 1, 2))
+        placed = (Placed(name, top, left, int(size)),)
+        caption = f"{' '.join(concept_tokens(name))} {BACKGROUNDS[background]}"
+        pictures.append(Picture(draw(background, placed, generator), caption, background, placed))
+    return pictures
+
+
+def concept_tokens(name: str) -> tuple[str, str]:
+    """Returns the two words by which a concept is asked for."""
+    return f"<{name}1>", f"<{name}2>"
