@@ -11,9 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
+from vision_lowrank.composer.methods import plan
 from vision_lowrank.composer.render import decode, draw_noise, load_base
-from vision_lowrank.composer.sampler import compose
-from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings, prepare
+from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.runs import atomic_path, start_run, write_csv, write_json
@@ -46,10 +46,10 @@ def run(config: DictConfig) -> Path:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_base(scene.base, DTYPES[config.dtype], device)
     noise = draw_noise(pipeline, scene.file.height, scene.file.width, seeds)
-    prepared = prepare(scene, pipeline)
+    planned = plan(config.method, scene, pipeline, settings)
     folder = start_run(config, config.dtype, {})
     started = time.perf_counter()
-    found = compose(pipeline.unet, pipeline.scheduler, prepared, noise, steps, guidance_scale, settings)
+    found = planned.compose(pipeline.unet, pipeline.scheduler, noise, steps, guidance_scale)
     images = decode(pipeline, found.latents)
     seconds = time.perf_counter() - started
     for seed, image in zip(seeds, images, strict=True):

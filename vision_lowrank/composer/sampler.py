@@ -95,24 +95,67 @@ def compose(
     """
     settings = settings or Settings()
     _check_noise(unet, noise, settings.map_factor)
-    scheduler.set_timesteps(steps, device=noise.device)
+    denoiser = Denoiser(scheduler, noise.device, steps, guidance_scale, generator)
     latents = noise * scheduler.init_noise_sigma
-    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     with torch.no_grad(), regional_unet(unet, scene, **settings.attention) as model:
         if settings.reinitialisation and scene.regions:
             latents = _laid_out(model, scheduler, latents, settings)
         guidance = _Guidance(model, scheduler, settings.weights, len(latents))
         for index, timestep in enumerate(scheduler.timesteps):
             latents = guidance.move(latents, timestep, index)
-            sample = scheduler.scale_model_input(latents, timestep)
-            prediction = model.noise(sample, timestep, negative=guidance_scale > 1)
-            if guidance_scale > 1:
-                negative, positive = prediction.chunk(2)
-                prediction = negative + guidance_scale * (positive - negative)
-            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            latents = denoiser.step(denoiser.predict(model, latents, timestep), timestep, latents)
+    return Composition(checked(latents), torch.stack(guidance.losses))
+
+
+class Denoiser:
+    """A scheduler's steps along predictions with guidance.
+
+    Args:
+        scheduler: any with `scale_model_input`; its timesteps are set.
+        device: of the latents.
+        steps: number of denoising steps.
+        guidance_scale: of the positive over the negative prompts; at most 1, only the positive ones are run.
+        generator: for schedulers that add noise.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        device: torch.device,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        scheduler.set_timesteps(steps, device=device)
+        self.scheduler = scheduler
+        self.guidance_scale = guidance_scale
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        self._extra = {"generator": generator} if takes_generator else {}
+
+    def predict(self, model: RegionalUNet, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Returns the guided output of the UNet for latents (S, channels, height, width)."""
+        sample = self.scheduler.scale_model_input(latents, timestep)
+        prediction = model.noise(sample, timestep, negative=self.guidance_scale > 1)
+        if self.guidance_scale <= 1:
+            return prediction
+        negative, positive = prediction.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+        """Returns the latents of the next timestep."""
+        found: Tensor = self.scheduler.step(prediction, timestep, latents, **self._extra, return_dict=False)[0]
+        return found
+
+
+def checked(latents: Tensor) -> Tensor:
+    """Returns the latents.
+
+    Raises:
+        ConfigError: they are not finite.
+    """
     if not latents.isfinite().all():
         raise ConfigError("the latents are not finite; compose in float32 or bfloat16, or with a smaller step_size")
-    return Composition(latents, torch.stack(guidance.losses))
+    return latents
 
 
 def measure(

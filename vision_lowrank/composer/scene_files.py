@@ -4,7 +4,7 @@ Paths in it are relative to its folder. A LoRA is its file, or `{file: FILE, str
 fractions of the image if none is above 1, otherwise pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,9 @@ class SceneFile:
     """What a scene file holds.
 
     `base` is the folder of a diffusers pipeline, or a name on the hub; `background` LoRAs change the whole image;
-    `steps` and `guidance_scale` are those of sampling; `settings` are changes of `sampler.Settings`, its `constants` a
-    preset or changes of single numbers.
+    `joined_prompt` names all concepts at once, for the methods that take one prompt (see `methods.py`), by default the
+    regions' prompts joined by "and"; `steps` and `guidance_scale` are those of sampling; `settings` are changes of
+    `sampler.Settings`, its `constants` a preset or changes of single numbers.
     """
 
     base: str
@@ -71,6 +72,7 @@ class SceneFile:
     regions: tuple[RegionEntry, ...] = ()
     background: tuple[LoraEntry, ...] = ()
     negative_prompt: str | None = None
+    joined_prompt: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     settings: dict[str, Any] = field(default_factory=dict)
@@ -145,11 +147,7 @@ def prepare(scene: LoadedScene, pipeline: Any) -> Scene:
         LoraFileError: a LoRA belongs to another base model.
     """
     file = scene.file
-    for name, lora in scene.loras.items():
-        try:
-            check_fits(lora, pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
-        except LoraFileError as error:
-            raise LoraFileError(f"{scene.folder / name}: {error}") from None
+    check_loras(scene, pipeline)
     background = scene.of(file.background)
     whole = encode(pipeline, file.prompt, file.negative_prompt, background)
     regions = []
@@ -163,6 +161,42 @@ def prepare(scene: LoadedScene, pipeline: Any) -> Scene:
         loras = unet_changes(scene.of(entry.loras))
         regions.append(Region(_box(entry.box, file, where), found.text, found.tokens, loras))
     return Scene(whole.text, regions, unet_changes(background), added_conditions(whole, file.height, file.width))
+
+
+def prepare_joined(scene: LoadedScene, pipeline: Any, active: Collection[str]) -> Scene:
+    """Encodes the joined prompt of a scene, with some of the regions' LoRAs at work in the whole image.
+
+    Args:
+        scene: the scene.
+        pipeline: of diffusers; the base model.
+        active: files of the regions' LoRAs that change weights; of the others, only the tokens are known.
+
+    Raises:
+        ConfigError: a prompt is too long or names an unknown token.
+        LoraFileError: a LoRA belongs to another base model.
+    """
+    check_loras(scene, pipeline)
+    file = scene.file
+    prompt = file.joined_prompt or " and ".join(region.prompt for region in file.regions) or file.prompt
+    entries = {entry.file: entry for region in file.regions for entry in region.loras}
+    loras = scene.of(file.background) + [
+        (scene.loras[name], entry.strength if name in active else 0.0) for name, entry in entries.items()
+    ]
+    whole = encode(pipeline, prompt, file.negative_prompt, loras)
+    return Scene(whole.text, (), unet_changes(loras), added_conditions(whole, file.height, file.width))
+
+
+def check_loras(scene: LoadedScene, pipeline: Any) -> None:
+    """Refuses LoRAs of another base.
+
+    Raises:
+        LoraFileError: a LoRA belongs to another base model.
+    """
+    for name, lora in scene.loras.items():
+        try:
+            check_fits(lora, pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None))
+        except LoraFileError as error:
+            raise LoraFileError(f"{scene.folder / name}: {error}") from None
 
 
 def make_settings(options: Mapping[str, Any], where: str) -> Settings:
