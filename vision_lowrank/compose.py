@@ -1,22 +1,26 @@
 """Composes several LoRAs in one image: python -m vision_lowrank.compose scene=NAME [key=value ...]; see configs/."""
 
+import json
 import logging
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning as L
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image, ImageDraw
 
 from vision_lowrank.composer.methods import plan
-from vision_lowrank.composer.render import decode, draw_noise, load_base
+from vision_lowrank.composer.render import draw_noise, load_base
 from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.runs import atomic_path, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.tasks.composition import Composition, Job
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,44 +29,76 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> Path:
-    """Composes the images of a scene and returns the folder they are in.
+    """Composes the images of one or several scenes and returns the folder they are in.
 
-    The folder has `SCENE-seedN.png`, `layout.png` (the first of them with the boxes), `losses.csv`, `metrics.json`,
-    `config.yaml` and `provenance.json`.
+    The folder has, for each scene, `SCENE-seedN.png`, `SCENE-layout.png` (the first of them with the boxes),
+    `SCENE-losses.csv` and `SCENE.json`, and `metrics.json`, `config.yaml` and `provenance.json`.
 
     Raises:
-        VisionLowRankError: the scene, its LoRAs, the base model or an option is wrong.
+        VisionLowRankError: a scene, its LoRAs, the base model or an option is wrong.
     """
-    scene = load_scene(config.scene)
-    options: Any = OmegaConf.to_container(config.settings, resolve=True)
-    settings = make_settings({**scene.file.settings, **options}, f"scene {scene.name}")
+    names = list(config.scene) if isinstance(config.scene, ListConfig) else [config.scene]
+    scenes = [load_scene(name) for name in names]
+    if len({scene.name for scene in scenes}) < len(scenes) or len({scene.base for scene in scenes}) > 1:
+        raise ConfigError(f"scene={names}: several scenes need names of their own and one base")
+    if config.resume is not None and not (Path(config.resume) / "config.yaml").is_file():
+        raise ConfigError(f"resume={config.resume}: no config.yaml there; give the folder of a run of compose")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
-    steps = scene.file.steps if config.steps is None else config.steps
-    guidance_scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
     seeds = [config.seed] if config.seeds is None else list(config.seeds)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_base(scene.base, DTYPES[config.dtype], device)
-    noise = draw_noise(pipeline, scene.file.height, scene.file.width, seeds)
-    planned = plan(config.method, scene, pipeline, settings)
-    folder = start_run(config, config.dtype, {})
-    started = time.perf_counter()
-    found = planned.compose(pipeline.unet, pipeline.scheduler, noise, steps, guidance_scale)
-    images = decode(pipeline, found.latents)
-    seconds = time.perf_counter() - started
-    for seed, image in zip(seeds, images, strict=True):
-        _save(Image.fromarray(image), folder / f"{scene.name}-seed{seed}.png")
-    _save(draw_layout(images[0], scene), folder / "layout.png")
-    losses = [
-        {"step": step, **{f"seed {seed}": value for seed, value in zip(seeds, row, strict=True)}}
-        for step, row in enumerate(found.losses.tolist())
-    ]
-    write_csv(folder / "losses.csv", losses)
-    write_json(folder / "metrics.json", {"seconds": seconds, "seconds_per_image": seconds / len(seeds), "steps": steps})
-    logger.info("%d image(s) in %.1f s, written to %s", len(seeds), seconds, folder)
+    device = default_device() if config.device == "auto" else config.device
+    pipeline = load_base(scenes[0].base, DTYPES[config.dtype], device)
+    options: Any = OmegaConf.to_container(config.settings, resolve=True)
+    plans = []
+    for scene in scenes:
+        draw_noise(pipeline, scene.file.height, scene.file.width, seeds[:1])  # refuses sizes
+        settings = make_settings({**scene.file.settings, **options}, f"scene {scene.name}")
+        plans.append(plan(config.method, scene, pipeline, settings))
+    folder = start_run(config, config.dtype, {}) if config.resume is None else Path(config.resume)
+    jobs = []
+    for scene, planned in zip(scenes, plans, strict=True):
+        steps = scene.file.steps if config.steps is None else config.steps
+        scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, steps, scale))
+    predict(Composition(pipeline, jobs), device, config.devices)
+    if process_rank() == 0:
+        _finish(folder, scenes, jobs)
     return folder
+
+
+def default_device() -> str:
+    """Returns "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def predict(task: Composition, device: str, devices: int) -> None:
+    """Runs the jobs of a task on some devices, with a progress bar where there are several."""
+    bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
+    accelerator = "gpu" if device.startswith("cuda") else device
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=devices, callbacks=bar, logger=False, enable_checkpointing=False,
+        enable_progress_bar=bool(bar), enable_model_summary=False,
+    )  # fmt: skip
+    trainer.predict(task, return_predictions=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _finish(folder: Path, scenes: Sequence[LoadedScene], jobs: Sequence[Job]) -> None:
+    """Writes what is made of finished jobs."""
+    seconds = {}
+    for scene, job in zip(scenes, jobs, strict=True):
+        facts = json.loads(job.record.read_text())
+        seconds[scene.name] = facts["seconds"] / len(job.seeds)
+        with atomic_path(folder / f"{scene.name}-layout.png") as temporary:
+            draw_layout(np.asarray(Image.open(job.images[0])), scene).save(temporary, format="PNG")
+        columns = [f"seed {seed}" for seed in job.seeds]
+        losses = [{"step": step, **dict(zip(columns, row, strict=True))} for step, row in enumerate(facts["losses"])]
+        write_csv(folder / f"{scene.name}-losses.csv", losses)
+    count = sum(len(job.seeds) for job in jobs)
+    total = sum(value * len(job.seeds) for value, job in zip(seconds.values(), jobs, strict=True))
+    write_json(folder / "metrics.json", {"images": count, "seconds": total, "seconds_per_image": seconds})
+    logger.info("%d image(s) in %.1f s, written to %s", count, total, folder)
 
 
 def draw_layout(image: np.ndarray, scene: LoadedScene) -> Image.Image:
@@ -79,11 +115,6 @@ def draw_layout(image: np.ndarray, scene: LoadedScene) -> Image.Image:
         pen.rectangle(corners, outline="white", width=3)
         pen.text((corners[0] + 6, corners[1] + 4), region.prompt, fill="white", stroke_width=2, stroke_fill="black")
     return picture
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="compose", version_base="1.3")

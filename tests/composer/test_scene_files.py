@@ -93,8 +93,8 @@ def test_a_region_changes_the_image_and_a_seed_repeats_it(scene, configure):
     plain = pictures(compose.run(configure(scene(regions=[]), "seed=3")))
     assert not np.array_equal(first, plain)
     run = compose.run(configure(path, "seeds=[3,5]", "steps=2", "dtype=bfloat16"))
-    assert (run / "layout.png").is_file()
-    assert len((run / "losses.csv").read_text().splitlines()) == 3
+    assert (run / "two-layout.png").is_file()
+    assert len((run / "two-losses.csv").read_text().splitlines()) == 3
 
 
 def test_what_the_file_says_reaches_the_scene(folder, scene):

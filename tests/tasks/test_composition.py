@@ -1,0 +1,97 @@
+"""Many scenes at once: the same images as one by one, and nothing done twice."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra import compose as compose_config
+from hydra import initialize_config_dir
+from PIL import Image
+
+from vision_lowrank import compose
+from vision_lowrank.composer.pipeline import build_pipeline
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.memory import PeakMemory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder with a random base and the scenes `one.yaml` and `two.yaml`."""
+    folder = tmp_path_factory.mktemp("scenes")
+    torch.manual_seed(0)
+    tiny = {"channels": (8, 16), "heads": 2, "groups": 4, "text_width": 16, "text_layers": 1, "text_heads": 2}
+    build_pipeline(["a", "dog", "cat"], length=12, side=32, **tiny).save_pretrained(folder / "base")
+    for name, word in (("one", "dog"), ("two", "cat")):
+        region = {
+            "box": {"left": 0, "top": 0, "right": 0.5, "bottom": 1}, "prompt": f"a {word}", "subject": word,
+        }  # fmt: skip
+        scene = {
+            "base": "base", "prompt": "a", "height": 32, "width": 32, "steps": 3, "regions": [region],
+            "settings": {"map_factor": 2},
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(scene))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(*overrides):
+        with initialize_config_dir(str(compose.CONFIGS), version_base="1.3"):
+            config = compose_config("compose", ["seeds=[3,4]", f"runs_root={tmp_path / 'runs'}", *overrides])
+        return compose.run(config)
+
+    return make
+
+
+def test_several_scenes_are_each_as_alone(folder, run):
+    both = run(f"scene=[{folder / 'one.yaml'},{folder / 'two.yaml'}]")
+    for name in ("one", "two"):
+        alone = run(f"scene={folder / name}.yaml")
+        for seed in (3, 4):
+            file = f"{name}-seed{seed}.png"
+            assert np.array_equal(np.asarray(Image.open(both / file)), np.asarray(Image.open(alone / file)))
+    facts = json.loads((both / "metrics.json").read_text())
+    assert facts["images"] == 4
+    assert facts["seconds_per_image"].keys() == {"one", "two"}
+    assert not np.array_equal(
+        np.asarray(Image.open(both / "one-seed3.png")), np.asarray(Image.open(both / "two-seed3.png"))
+    )
+
+
+def test_an_interrupted_run_makes_what_is_missing(folder, run):
+    scenes = f"scene=[{folder / 'one.yaml'},{folder / 'two.yaml'}]"
+    whole = run(scenes)
+    expected = np.asarray(Image.open(whole / "two-seed4.png"))
+    # as if the run had been stopped while it wrote the second scene's images
+    for name in ("two.json", "two-seed4.png", "metrics.json", "two-layout.png"):
+        (whole / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("one-seed*.png")}
+    assert run(scenes, f"resume={whole}") == whole
+    assert np.array_equal(np.asarray(Image.open(whole / "two-seed4.png")), expected)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (whole / "metrics.json").is_file()
+    # other seeds are another job
+    run(scenes, f"resume={whole}", "seeds=[3,5]")
+    assert (whole / "one-seed5.png").is_file()
+
+
+def test_what_cannot_go_together_is_refused(folder, run, tmp_path):
+    shutil.copy(folder / "one.yaml", tmp_path / "one.yaml")
+    with pytest.raises(ConfigError, match="need names of their own and one base"):
+        run(f"scene=[{folder / 'one.yaml'},{tmp_path / 'one.yaml'}]")
+    with pytest.raises(ConfigError, match=r"no config\.yaml there"):
+        run(f"scene={folder / 'one.yaml'}", f"resume={tmp_path}")
+
+
+def test_peak_memory_is_that_of_the_block():
+    with PeakMemory(torch.device("cpu")) as outer:
+        np.ones(25_000_000)
+    if outer.megabytes is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert outer.megabytes == pytest.approx(200, abs=20)
+    with PeakMemory(torch.device("cpu")) as after:
+        pass
+    assert after.megabytes < 20

@@ -1,0 +1,99 @@
+"""Composition of many scenes by prediction of Lightning: spread over devices, and resumed where it was stopped."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vision_lowrank.composer.methods import Plan
+from vision_lowrank.composer.render import decode, draw_noise
+from vision_lowrank.memory import PeakMemory
+from vision_lowrank.runs import atomic_path, write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images of one scene by one method, made together.
+
+    Args:
+        folder: where they go.
+        name: of the scene.
+        plan: the scene, encoded.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        seeds: one an image.
+        steps: of denoising.
+        guidance_scale: of the positive over the negative prompt.
+    """
+
+    folder: Path
+    name: str
+    plan: Plan
+    height: int
+    width: int
+    seeds: Sequence[int]
+    steps: int
+    guidance_scale: float
+
+    @property
+    def images(self) -> list[Path]:
+        """A file for each seed."""
+        return [self.folder / f"{self.name}-seed{seed}.png" for seed in self.seeds]
+
+    @property
+    def record(self) -> Path:
+        """The file that is written last: seconds, memory and losses."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether the images of these seeds are there."""
+        return self.record.is_file() and json.loads(self.record.read_text())["seeds"] == list(self.seeds)
+
+
+class Composition(L.LightningModule):
+    """Composes a job a step and writes its files; jobs that are done already are left out.
+
+    `Trainer(...).predict(task)` needs no loader. Each device takes its share of the jobs.
+
+    Args:
+        pipeline: of diffusers; the base model.
+        jobs: what to compose.
+    """
+
+    def __init__(self, pipeline: Any, jobs: Sequence[Job]) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        # registered here, so that they go to each process's device
+        self.networks = nn.ModuleList(part for part in pipeline.components.values() if isinstance(part, nn.Module))
+        self.jobs = [job for job in jobs if not job.done]
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """Returns the numbers of the jobs."""
+        numbers: Any = range(len(self.jobs))
+        return DataLoader(numbers, batch_size=None)
+
+    def predict_step(self, number: int, batch_index: int) -> None:
+        """Composes one job; the record is written last, so that what is cut short is done again as a whole."""
+        job, pipeline = self.jobs[number], self.pipeline
+        noise = draw_noise(pipeline, job.height, job.width, job.seeds)
+        started = time.perf_counter()
+        with PeakMemory(noise.device) as memory:
+            found = job.plan.compose(pipeline.unet, pipeline.scheduler, noise, job.steps, job.guidance_scale)
+            images = decode(pipeline, found.latents)
+        seconds = time.perf_counter() - started
+        for path, image in zip(job.images, images, strict=True):
+            with atomic_path(path) as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+        # NaN, where an image took no step along the gradient, is not JSON
+        losses = [[None if math.isnan(value) else value for value in row] for row in found.losses.tolist()]
+        facts = {"seeds": list(job.seeds), "seconds": seconds, "peak_megabytes": memory.megabytes, "losses": losses}
+        write_json(job.record, facts)
