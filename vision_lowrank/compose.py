@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image, ImageDraw
 
@@ -19,8 +17,9 @@ from vision_lowrank.composer.render import draw_noise, load_base
 from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.precision import choose_device
 from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
-from vision_lowrank.tasks.composition import Composition, Job
+from vision_lowrank.tasks.composition import Job, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +45,7 @@ def run(config: DictConfig) -> Path:
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
     seeds = [config.seed] if config.seeds is None else list(config.seeds)
-    device = default_device() if config.device == "auto" else config.device
+    device = choose_device(config.device)
     pipeline = load_base(scenes[0].base, DTYPES[config.dtype], device)
     options: Any = OmegaConf.to_container(config.settings, resolve=True)
     plans = []
@@ -60,28 +59,10 @@ def run(config: DictConfig) -> Path:
         steps = scene.file.steps if config.steps is None else config.steps
         scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
         jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, steps, scale))
-    predict(Composition(pipeline, jobs), device, config.devices)
+    run_jobs(pipeline, jobs, device, config.devices)
     if process_rank() == 0:
         _finish(folder, scenes, jobs)
     return folder
-
-
-def default_device() -> str:
-    """Returns "cuda" where there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def predict(task: Composition, device: str, devices: int) -> None:
-    """Runs the jobs of a task on some devices, with a progress bar where there are several."""
-    bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
-    accelerator = "gpu" if device.startswith("cuda") else device
-    trainer = L.Trainer(
-        accelerator=accelerator, devices=devices, callbacks=bar, logger=False, enable_checkpointing=False,
-        enable_progress_bar=bool(bar), enable_model_summary=False,
-    )  # fmt: skip
-    trainer.predict(task, return_predictions=False)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
 
 
 def _finish(folder: Path, scenes: Sequence[LoadedScene], jobs: Sequence[Job]) -> None:

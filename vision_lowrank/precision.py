@@ -1,4 +1,4 @@
-"""The one place that decides in which number format training runs."""
+"""The one place that decides in which number format, and on which device, work is done."""
 
 import torch
 
@@ -35,3 +35,10 @@ def processor_has_bf16() -> bool:
     """Tells whether the processor has bf16 matrix instructions, and this torch uses them."""
     # the public torch.cpu.get_capabilities() is younger than our lower bound of torch
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_device(requested: str) -> str:
+    """Returns the device of that name, for "auto" a GPU where there is one."""
+    if requested != "auto":
+        return requested
+    return "cuda" if torch.cuda.is_available() else "cpu"

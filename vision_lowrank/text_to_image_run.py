@@ -15,7 +15,16 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from vision_lowrank.data.sprite_modules import to_tensor
-from vision_lowrank.data.sprites import BACKGROUNDS, BASE, HELD_OUT, SHEET, concept_tokens, vocabulary, with_article
+from vision_lowrank.data.sprites import (
+    BACKGROUNDS,
+    BASE,
+    HELD_OUT,
+    SHEET,
+    concept_tokens,
+    concept_words,
+    vocabulary,
+    with_article,
+)
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
 from vision_lowrank.instantiate import instantiate
@@ -115,7 +124,7 @@ def run_text_to_image(config: DictConfig) -> Path:
         from vision_lowrank.composer.lora_files import write_lora
 
         write_lora(taught(pipeline, concept_tokens(concept)), folder / "lora.safetensors")
-        asked = {concept: " ".join(concept_tokens(concept))}
+        asked = {concept: concept_words(concept)}
     recognised = None
     if classifier is not None:
         recognised = recognise(result, classifier, asked, config.samples.each, precision)
@@ -164,11 +173,11 @@ def _build(config: DictConfig) -> Any:
 def _prepare(config: DictConfig, concept: str) -> Any:
     """Returns the base with what is to learn the concept."""
     from vision_lowrank.composer.concept import teach
-    from vision_lowrank.composer.pipeline import load_pipeline
+    from vision_lowrank.composer.render import load_base
 
     if config.base is None:
         raise ConfigError("a LoRA needs a base: give base=runs/sprites_base/RUN/pipeline")
-    pipeline = load_pipeline(config.base)
+    pipeline = load_base(str(config.base))
     targets = {part: list(config.adapter[part]) for part in ("unet", "text_encoder")}
     teach(pipeline, concept_tokens(concept), HELD_OUT[concept], instantiate(config.adapter.method), **targets)
     return pipeline

@@ -11,7 +11,7 @@ from PIL import Image
 from vision_lowrank import compose
 from vision_lowrank.composer.lora_files import LoraFileError, LoraWeights, LowRank, write_lora
 from vision_lowrank.composer.losses import CONSTANTS
-from vision_lowrank.composer.pipeline import build_pipeline, load_pipeline
+from vision_lowrank.composer.pipeline import build_pipeline
 from vision_lowrank.composer.render import draw_noise, load_base
 from vision_lowrank.composer.sampler import Settings
 from vision_lowrank.composer.scene_files import load_scene, make_settings, prepare
@@ -77,7 +77,7 @@ def pictures(folder):
 
 def test_without_regions_it_is_the_pipelines_own_image(folder, scene, configure):
     found = pictures(compose.run(configure(scene(regions=[]), "seeds=[3,4]")))
-    pipeline = load_pipeline(folder / "base")
+    pipeline = load_base(str(folder / "base"))
     for seed, image in zip((3, 4), found, strict=True):
         noise = torch.randn(1, 12, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(seed))
         options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}

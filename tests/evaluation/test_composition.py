@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from vision_lowrank.evaluation.composition import confusion, intersection_over_union, judge, success_rate, wilson
+from vision_lowrank.evaluation.composition import confusion, intersection_over_union, judge, mean_over_scenes, wilson
 
 LEFT, RIGHT = (0.0, 0.0, 64.0, 32.0), (0.0, 32.0, 64.0, 64.0)
 ASKED = [("fox", LEFT), ("bus", RIGHT)]
@@ -60,16 +60,25 @@ def test_wilson_is_scipys(successes, trials):
 def test_intervals_are_those_of_scenes_not_of_images():
     generator = np.random.default_rng(1)
     scenes = generator.random((50, 1)) < 0.6
-    alike = success_rate(np.repeat(scenes, 4, 1))
-    apart = success_rate(generator.random((50, 4)) < 0.6)
+    alike = mean_over_scenes(np.repeat(scenes, 4, 1))
+    apart = mean_over_scenes(generator.random((50, 4)) < 0.6)
     assert alike.value == scenes.mean()
     # for scenes whose images all agree, it is the interval of 50 trials, not of 200
     spread = 2 * 1.96 * (scenes.mean() * (1 - scenes.mean()) / 50) ** 0.5
     assert alike.high - alike.low == pytest.approx(spread, rel=0.1)
     assert apart.high - apart.low < 0.7 * spread
-    assert success_rate(np.ones((30, 4), bool)).low == pytest.approx(wilson(30, 30).low)
+    assert mean_over_scenes(np.ones((30, 4), bool)).low == pytest.approx(wilson(30, 30).low)
 
 
 def test_confusion_counts_what_boxes_showed():
     counts = confusion(["fox", "fox", "bus", "bus"], ["fox", "bus", "bus", "none"], ["fox", "bus"])
     assert counts.tolist() == [[1, 1, 0], [0, 1, 1]]
+
+
+def test_differences_are_paired_by_scene():
+    hard = np.random.default_rng(2).random((40, 1))
+    one, other = (hard + shift > 0.5 for shift in (0.2, 0.0))
+    found = mean_over_scenes(one.astype(float) - other)
+    assert found.value == pytest.approx(one.mean() - other.mean())
+    # each alone is as uncertain as the scenes are hard, which cancels
+    assert found.high - found.low < mean_over_scenes(one).high - mean_over_scenes(one).low

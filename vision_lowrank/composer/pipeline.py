@@ -1,12 +1,10 @@
 """A small Stable Diffusion of our own: diffusers' pipeline, pixel unshuffle as the autoencoder, a vocabulary of words.
 
-Its folder is read by `load_pipeline(folder)`, or, once this module is imported, as any other of diffusers:
+Its folder is read by `render.load_base(folder)`, or, once this module is imported, as any other of diffusers:
 `StableDiffusionPipeline.from_pretrained(folder)`.
 """
 
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,11 +12,8 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.utils import logging
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from vision_lowrank.errors import CheckpointError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -143,31 +138,5 @@ def build_pipeline(
     make: Any = StableDiffusionPipeline
     parts = (PixelUnshuffle(), text_encoder.eval(), tokenizer, unet.eval(), scheduler, None, None)
     pipeline = make(*parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_pipeline(folder: str | Path) -> Any:
-    """Reads a pipeline's folder in float32, as `save_pretrained` of diffusers writes it; nothing is downloaded.
-
-    Raises:
-        CheckpointError: there is no such folder, or it is incomplete or damaged.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json; give the folder `pipeline` of a run of sprites_base")
-    verbosity = logging.get_verbosity()
-    # diffusers speaks of an autoencoder other than its own, and of `torch_dtype`, which its older versions need
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline: Any = StableDiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch.float32, local_files_only=True
-            )
-    except Exception as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a pipeline ({error}); copy it again") from error
-    finally:
-        logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,6 +1,8 @@
 """From a prepared scene to images: base models, noise by seed, sampling, decoding."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ def load_base(folder_or_name: str, dtype: torch.dtype = torch.float32, device: s
     """
     from diffusers import DiffusionPipeline
 
+    # diffusers takes a folder's own classes only from modules that are imported already
+    import vision_lowrank.composer.pipeline  # noqa: F401
+
     if Path(folder_or_name).is_dir() and not (Path(folder_or_name) / "model_index.json").is_file():
         raise CheckpointError(
             f"base {folder_or_name}: no model_index.json there; give the folder of a diffusers pipeline"
         )
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder_or_name, torch_dtype=dtype)
+        with _quiet_diffusers():
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder_or_name, torch_dtype=dtype)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -40,6 +46,27 @@ def load_base(folder_or_name: str, dtype: torch.dtype = torch.float32, device: s
     check_base(pipeline, folder_or_name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keeps diffusers from speaking of parts that are not its own, and of `torch_dtype`, which old versions need."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = logging.get_verbosity()
+    libraries = [library for library in (logging, transformers_logging) if library.is_progress_bar_enabled()]
+    logging.set_verbosity_error()
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 def check_base(pipeline: Any, name: str) -> None:

@@ -3,7 +3,7 @@
 The sprites are Fluent Emoji (MIT, see `assets/SPRITES_LICENCE.md`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -157,8 +157,13 @@ def draw(background: str, sprites: Sequence[Placed], generator: np.random.Genera
     return np.rint(255 * picture).astype(np.uint8)
 
 
-def lay_out(names: Sequence[str], generator: np.random.Generator) -> tuple[Placed, ...]:
+def lay_out(names: Sequence[str], generator: np.random.Generator, overlap: float = OVERLAP) -> tuple[Placed, ...]:
     """Returns a random size and place for each of at most four sprites, hardly any over another.
+
+    Args:
+        names: of the sprites.
+        generator: source of all that is random.
+        overlap: share of the smaller sprite that a neighbour may cover.
 
     Raises:
         ConfigError: there are no sprites, or too many.
@@ -173,7 +178,7 @@ def lay_out(names: Sequence[str], generator: np.random.Generator) -> tuple[Place
             size = int(generator.integers(SMALLEST, LARGEST[len(names)] + 1))
             top, left = (int(edge) for edge in generator.integers(0, SIDE - size + 1, 2))
             item = Placed(name, top, left, size)
-            if any(_covered(item, other) > OVERLAP for other in placed):
+            if any(_covered(item, other) > overlap for other in placed):
                 break
             placed.append(item)
     return tuple(placed)
@@ -187,15 +192,21 @@ def _covered(one: Placed, other: Placed) -> float:
     return height * width / min(one.size, other.size) ** 2
 
 
-def write_caption(sprites: Sequence[Placed], background: str | None, places: bool) -> str:
+def write_caption(
+    sprites: Sequence[Placed],
+    background: str | None,
+    places: bool,
+    call: Callable[[str], str] | None = None,
+) -> str:
     """Returns for example "a dog on the left and an owl on the right on grass".
 
     Args:
         sprites: what to name.
         background: name in `BACKGROUNDS`; None leaves it out.
         places: whether to say where the sprites are.
+        call: what a sprite is called; by default its name with an article.
     """
-    parts = [f"{with_article(item.name)}{f' {item.place}' if places else ''}" for item in sprites]
+    parts = [f"{(call or with_article)(item.name)}{f' {item.place}' if places else ''}" for item in sprites]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return text if background is None else f"{text} {BACKGROUNDS[background]}"
 
@@ -244,9 +255,14 @@ def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
         background = str(backgrounds[index % len(backgrounds)])
         top, left = (int(edge) for edge in generator.integers(0, SIDE - int(size) + 1, 2))
         placed = (Placed(name, top, left, int(size)),)
-        caption = f"{' '.join(concept_tokens(name))} {BACKGROUNDS[background]}"
+        caption = write_caption(placed, background, places=False, call=concept_words)
         pictures.append(Picture(draw(background, placed, generator), caption, background, placed))
     return pictures
+
+
+def concept_words(name: str) -> str:
+    """Returns how a prompt speaks of a concept."""
+    return " ".join(concept_tokens(name))
 
 
 def concept_tokens(name: str) -> tuple[str, str]:

@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its 95 % interval (Wilson's for independent trials, a bootstrap's for groups of them)."""
+    """A share, or a difference of two, with its 95 % interval (Wilson's for independent trials, else a bootstrap's)."""
 
     value: float
     low: float
@@ -74,15 +74,15 @@ def intersection_over_union(one: Edges, other: Edges) -> float:
     return common / (sum(areas) - common)
 
 
-def success_rate(successes: np.ndarray, draws: int = 10_000, seed: int = 0) -> Share:
-    """Returns the share of successes with a 95 % interval in which whole scenes are drawn anew, not single images.
+def mean_over_scenes(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> Share:
+    """Returns the mean with a 95 % interval in which whole scenes are drawn anew, not single images.
 
     Args:
-        successes: bool (scenes, seeds).
+        values: (scenes, seeds) successes, shares, or differences of two methods on the same scenes.
         draws: of the bootstrap.
         seed: of the bootstrap.
     """
-    means = np.asarray(successes, float).mean(1)
+    means = np.asarray(values, float).mean(1)
     if means.min() == means.max() and means[0] in (0, 1):
         # the bootstrap of equal values has no width; as many scenes of one trial each are the cautious reading
         return wilson(int(means.sum()), len(means))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -81,8 +82,8 @@ class Composition(L.LightningModule):
         numbers: Any = range(len(self.jobs))
         return DataLoader(numbers, batch_size=None)
 
-    def predict_step(self, number: int, batch_index: int) -> None:
-        """Composes one job; the record is written last, so that what is cut short is done again as a whole."""
+    def predict_step(self, number: int, batch_index: int) -> int:
+        """Composes one job and returns its number; the record comes last, so that what is cut short is done again."""
         job, pipeline = self.jobs[number], self.pipeline
         noise = draw_noise(pipeline, job.height, job.width, job.seeds)
         started = time.perf_counter()
@@ -97,3 +98,18 @@ class Composition(L.LightningModule):
         losses = [[None if math.isnan(value) else value for value in row] for row in found.losses.tolist()]
         facts = {"seeds": list(job.seeds), "seconds": seconds, "peak_megabytes": memory.megabytes, "losses": losses}
         write_json(job.record, facts)
+        return number
+
+
+def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1) -> None:
+    """Runs jobs on some devices, with a progress bar where there are several."""
+    task = Composition(pipeline, jobs)
+    bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
+    accelerator = "gpu" if device.startswith("cuda") else device
+    trainer = L.Trainer(
+        accelerator=accelerator, devices=devices, callbacks=bar, logger=False, enable_checkpointing=False,
+        enable_progress_bar=bool(bar), enable_model_summary=False,
+    )  # fmt: skip
+    trainer.predict(task, return_predictions=False)
+    if trainer.interrupted:
+        raise KeyboardInterrupt

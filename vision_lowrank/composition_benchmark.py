@@ -1,0 +1,307 @@
+"""Success, confusion, vanishing and boxes of ways to compose sprites, on scenes drawn at random.
+
+No scene is chosen by hand: concepts, backgrounds, sizes and places follow from the seed alone.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from vision_lowrank.composer.methods import plan
+from vision_lowrank.composer.render import load_base
+from vision_lowrank.composer.scene_files import load_scene, make_settings
+from vision_lowrank.data.sprite_modules import to_tensor
+from vision_lowrank.data.sprites import (
+    BACKGROUNDS,
+    HELD_OUT,
+    SIDE,
+    SPRITES,
+    Placed,
+    concept_words,
+    lay_out,
+    write_caption,
+)
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.evaluation.composition import Edges, Outcome, Share, confusion, judge, mean_over_scenes
+from vision_lowrank.models.sprite_classifier import SpriteClassifier
+from vision_lowrank.plots.compositions import save_sheet
+from vision_lowrank.precision import choose_device
+from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.sprite_classifier_run import load_classifier
+from vision_lowrank.tasks.composition import Job, run_jobs
+
+WORLD = Path(__file__).parent / "assets" / "sprites"
+# words, commas and tokens that a prompt of the sprites' base may have
+LONGEST = 30
+# shares by name in the files, with their title in tables
+SHARES = {"success": "success", "confusion": "wrong", "vanishing": "vanished", "overlap": "box IoU"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A scene of the benchmark."""
+
+    name: str
+    background: str
+    placed: tuple[Placed, ...]
+
+    @property
+    def asked(self) -> list[tuple[str, Edges]]:
+        """Name and box of each region, in pixels."""
+        return [(item.name, (item.top, item.left, item.top + item.size, item.left + item.size)) for item in self.placed]
+
+
+def draw_scenes(counts: Mapping[int, int], concepts: Sequence[str], seed: int) -> list[Drawn]:
+    """Draws so many scenes of each number of concepts, each a concept once and apart from the others."""
+    generator = np.random.default_rng([seed, 4])
+    scenes = []
+    for concepts_in_scene, count in counts.items():
+        for index in range(count):
+            names = generator.choice(sorted(concepts), concepts_in_scene, replace=False).tolist()
+            background = str(generator.choice(list(BACKGROUNDS)))
+            placed = lay_out(names, generator, overlap=0)
+            scenes.append(Drawn(f"{concepts_in_scene}concepts{index:03d}", background, placed))
+    return scenes
+
+
+def scene_content(scene: Drawn, world: Path, settings: Mapping[str, Any], steps: int, scale: float) -> dict[str, Any]:
+    """Returns the scene file of a drawn scene."""
+    regions = [
+        {
+            "box": {"left": left, "top": top, "right": right, "bottom": bottom},
+            "prompt": f"{concept_words(name)} {BACKGROUNDS[scene.background]}",
+            "loras": [str(world / "loras" / f"{name}.safetensors")],
+        }
+        for name, (top, left, bottom, right) in scene.asked
+    ]
+    joined = write_caption(scene.placed, scene.background, places=True, call=concept_words)
+    if len(joined.replace(",", " ,").split()) > LONGEST:
+        joined = write_caption(scene.placed, None, places=True, call=concept_words)
+    return {
+        "base": str(world / "pipeline"), "prompt": BACKGROUNDS[scene.background], "joined_prompt": joined,
+        "height": SIDE, "width": SIDE, "regions": regions, "steps": steps, "guidance_scale": scale,
+        "settings": dict(settings),
+    }  # fmt: skip
+
+
+def run_composition(config: DictConfig) -> Path:
+    """Composes, judges and compares, and returns the folder with images and tables.
+
+    The folder has `scenes/`, a folder of images for each row of the table, `judged.csv` (a line an image),
+    `metrics.csv`, `differences.csv`, `confusion.csv`, `table.md`, `sheet.png` and, written last, `metrics.json`.
+
+    Raises:
+        VisionLowRankError: an option is wrong, or the world's files are missing or damaged.
+    """
+    options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
+    world = (WORLD if options["world"] is None else Path(options["world"])).resolve()
+    classifier = load_classifier(world / "classifier")
+    concepts = sorted(path.stem for path in (world / "loras").glob("*.safetensors") if path.stem in HELD_OUT)
+    if len(concepts) < max(options["scenes"]):
+        raise ConfigError(f"{world / 'loras'} has LoRAs of {len(concepts)} held-out sprites; a scene needs more")
+    if strange := set(options["sheet"]) - set(options["variants"]):
+        raise ConfigError(f"benchmark.sheet names {', '.join(sorted(strange))}, which is no row of benchmark.variants")
+    device = choose_device(config.device)
+    pipeline = load_base(str(world / "pipeline"), device=device)
+    drawn = draw_scenes(options["scenes"], concepts, config.seed)
+    folder = start_run(config, "float32", {}) if config.resume is None else Path(config.resume)
+    jobs = _jobs(folder, drawn, world, options, pipeline)
+    run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices)
+    if process_rank() == 0:
+        outcomes = {name: _judge(classifier, drawn, group) for name, group in jobs.items()}
+        _report(folder, drawn, jobs, outcomes, options, concepts)
+    return folder
+
+
+def _jobs(
+    folder: Path, drawn: Sequence[Drawn], world: Path, options: Mapping[str, Any], pipeline: Any
+) -> dict[str, list[Job]]:
+    """Writes the scenes' files and returns what to compose, by row of the table."""
+    jobs: dict[str, list[Job]] = {name: [] for name in options["variants"]}
+    for scene in drawn:
+        path = folder / "scenes" / f"{scene.name}.yaml"
+        content = scene_content(scene, world, options["settings"], options["steps"], options["guidance_scale"])
+        with atomic_path(path) as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False))
+        loaded = load_scene(path)
+        for name, variant in options["variants"].items():
+            settings = make_settings({**options["settings"], **variant.get("settings", {})}, f"variant {name}")
+            planned = plan(variant.get("method", "composer"), loaded, pipeline, settings)
+            place = folder / name.replace(" ", "_")
+            job = Job(
+                *(place, scene.name, planned, SIDE, SIDE, options["image_seeds"]),
+                *(options["steps"], options["guidance_scale"]),
+            )
+            jobs[name].append(job)
+    return jobs
+
+
+def _judge(classifier: SpriteClassifier, drawn: Sequence[Drawn], jobs: Sequence[Job]) -> list[list[Outcome]]:
+    """Returns, for each scene, what each of its images shows."""
+    return [
+        [
+            judge(scene.asked, [(item.name, item.box) for item in classifier.locate(to_tensor(_read(path)))])
+            for path in job.images
+        ]
+        for scene, job in zip(drawn, jobs, strict=True)
+    ]
+
+
+def _report(
+    folder: Path,
+    drawn: Sequence[Drawn],
+    jobs: Mapping[str, Sequence[Job]],
+    outcomes: Mapping[str, Sequence[Sequence[Outcome]]],
+    options: Mapping[str, Any],
+    concepts: Sequence[str],
+) -> None:
+    """Writes all that is made of the outcomes, and prints the table."""
+    counts = [len(scene.placed) for scene in drawn]
+    rows, differences = [], []
+    values = {name: _values(drawn, found) for name, found in outcomes.items()}
+    first = next(iter(values))
+    for count in sorted(set(counts)):
+        chosen = np.array(counts) == count
+        for name, arrays in values.items():
+            shares = {key: mean_over_scenes(array[chosen]) for key, array in arrays.items()}
+            rows.append({"variant": name, "concepts": count, "images": int(chosen.sum()) * len(options["image_seeds"])})
+            rows[-1] |= {f"{key}{part}": value for key, share in shares.items() for part, value in _parts(share)}
+            rows[-1] |= _cost([job for job, used in zip(jobs[name], chosen, strict=True) if used])
+            if name != first:
+                gap = mean_over_scenes(values[first]["success"][chosen] - arrays["success"][chosen])
+                parts = {f"success{part}": value for part, value in _parts(gap)}
+                differences.append({"variant": f"{first} - {name}", "concepts": count, **parts})
+    write_csv(folder / "metrics.csv", rows)
+    write_csv(folder / "differences.csv", differences)
+    write_csv(folder / "judged.csv", _lines(drawn, outcomes, options["image_seeds"]))
+    write_csv(folder / "confusion.csv", _confusions(drawn, outcomes, concepts))
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(markdown(rows))
+    _sheet(folder / "sheet.png", drawn, jobs, options)
+    write_json(folder / "metrics.json", {"rows": rows, "differences": differences})
+    _print(rows)
+    logger.info("written to %s", folder)
+
+
+def _values(drawn: Sequence[Drawn], outcomes: Sequence[Sequence[Outcome]]) -> dict[str, np.ndarray]:
+    """Returns each of `SHARES` as an array (scenes, seeds)."""
+    names = [[name for name, _ in scene.asked] for scene in drawn]
+    return {
+        "success": np.array([[one.success for one in found] for found in outcomes], float),
+        "confusion": np.array(
+            [
+                [
+                    np.mean([seen not in (name, "none") for name, seen in zip(asked, one.shown, strict=True)])
+                    for one in found
+                ]
+                for asked, found in zip(names, outcomes, strict=True)
+            ]
+        ),
+        "vanishing": np.array([[np.mean(one.vanished) for one in found] for found in outcomes]),
+        "overlap": np.array([[np.mean(one.overlaps) for one in found] for found in outcomes]),
+    }
+
+
+def _parts(share: Share) -> list[tuple[str, float]]:
+    return [("", share.value), ("_low", share.low), ("_high", share.high)]
+
+
+def _cost(jobs: Sequence[Job]) -> dict[str, float | None]:
+    """Returns seconds an image, and the rise of memory over what the model takes, of the images made together."""
+    records = [json.loads(job.record.read_text()) for job in jobs]
+    peaks = [record["peak_megabytes"] for record in records]
+    return {
+        "seconds_per_image": float(np.mean([record["seconds"] / len(record["seeds"]) for record in records])),
+        "peak_megabytes": None if None in peaks else max(peaks),
+    }
+
+
+def _lines(
+    drawn: Sequence[Drawn], outcomes: Mapping[str, Sequence[Sequence[Outcome]]], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "variant": name, "scene": scene.name, "seed": seed, "asked": " ".join(item.name for item in scene.placed),
+            "shown": " ".join(one.shown), "success": one.success, "vanished": sum(one.vanished), "strays": one.strays,
+            "overlap": float(np.mean(one.overlaps)),
+        }
+        for name, found in outcomes.items()
+        for scene, images in zip(drawn, found, strict=True)
+        for seed, one in zip(seeds, images, strict=True)
+    ]  # fmt: skip
+
+
+def _confusions(
+    drawn: Sequence[Drawn], outcomes: Mapping[str, Sequence[Sequence[Outcome]]], concepts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns a line for each variant and concept: how often its boxes showed what."""
+    lines = []
+    for name, found in outcomes.items():
+        asked: list[str] = []
+        shown: list[str] = []
+        for scene, images in zip(drawn, found, strict=True):
+            for one in images:
+                asked += [item.name for item in scene.placed]
+                shown += one.shown
+        counts = confusion(asked, shown, SPRITES)
+        for concept in concepts:
+            row = counts[SPRITES.index(concept)].tolist()
+            lines.append({"variant": name, "asked": concept, **dict(zip([*SPRITES, "none"], row, strict=True))})
+    return lines
+
+
+def _sheet(path: Path, drawn: Sequence[Drawn], jobs: Mapping[str, Sequence[Job]], options: Mapping[str, Any]) -> None:
+    """Writes the first scenes of each number of concepts, each with its first seed."""
+    numbers = [
+        number
+        for count in dict.fromkeys(len(scene.placed) for scene in drawn)
+        for number in [i for i, scene in enumerate(drawn) if len(scene.placed) == count][: options["sheet_scenes"]]
+    ]
+    images = {name: [_read(jobs[name][number].images[0]) for number in numbers] for name in options["sheet"]}
+    save_sheet(path, images, [drawn[number].asked for number in numbers])
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Returns a row of the table: percent with intervals, the overlap as it is."""
+    cells = [str(row["variant"]), str(row["concepts"])]
+    for key in SHARES:
+        scale, digits = (1, 2) if key == "overlap" else (100, 0)
+        low, value, high = (f"{scale * row[key + part]:.{digits}f}" for part in ("_low", "", "_high"))
+        cells.append(f"{value} [{low}, {high}]")
+    peak = row["peak_megabytes"]
+    return [*cells, f"{row['seconds_per_image']:.2f}", "-" if peak is None else f"{peak:.0f}"]
+
+
+HEADER = ["method", "concepts", *(f"{title} %" for title in list(SHARES.values())[:3]), "box IoU", "s / image", "MB"]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table for a document."""
+    rule = [":---", *("---:" for _ in HEADER[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [HEADER, rule, *map(_cells, rows)]) + "\n"
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title="mean [95 % interval over scenes]", box=SIMPLE, padding=0, pad_edge=False)
+    for index, title in enumerate(HEADER):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console().print(table)

@@ -1,0 +1,22 @@
+"""Runs a benchmark: python -m vision_lowrank.evaluate benchmark=NAME [key=value ...]; see configs/."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from vision_lowrank.composition_benchmark import run_composition
+from vision_lowrank.console import run_as_command
+
+BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {"composition": run_composition}
+
+
+@hydra.main(config_path="../configs", config_name="evaluate", version_base="1.3")
+def main(config: DictConfig) -> None:
+    """Runs the benchmark that `config` describes; exits with status 2 after an error that the user can mend."""
+    run_as_command(lambda: BENCHMARKS[config.benchmark.kind](config))
+
+
+if __name__ == "__main__":
+    main()
