@@ -22,6 +22,7 @@ lint: .venv/installed-dev
 benchmark: .venv/installed
 	$(RUN) -m benchmarks.lola_specvit
 	$(RUN) -m benchmarks.less_attention
+	$(RUN) -m benchmarks.composer
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("Python %d.%d found, 3.11 or newer needed: make PYTHON=python3.12 ..." % v)'

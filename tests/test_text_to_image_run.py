@@ -95,6 +95,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, run, root):
     assert resumed["history"] == whole["history"]
 
 
+def test_training_goes_on_from_finished_weights(base, run):
+    from vision_lowrank.composer.render import load_base
+
+    folder = run("sprites_base", *TINY, f"base={base}/pipeline", "task.learning_rate=0", "trainer.max_epochs=1")
+    start, end = (load_base(str(path / "pipeline")) for path in (base, folder))
+    for name, value in start.unet.state_dict().items():
+        assert torch.equal(value, end.unet.state_dict()[name]), name
+
+
 def test_lora_leaves_a_file_that_fits_its_base(base, run):
     from vision_lowrank.composer.lora_files import check_fits, read_lora
     from vision_lowrank.composer.render import load_base

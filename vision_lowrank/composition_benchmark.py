@@ -36,7 +36,7 @@ from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.composition import Edges, Outcome, Share, confusion, judge, mean_over_scenes
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.compositions import save_sheet
-from vision_lowrank.precision import choose_device
+from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.composition import Job, run_jobs
@@ -115,11 +115,12 @@ def run_composition(config: DictConfig) -> Path:
     if strange := set(options["sheet"]) - set(options["variants"]):
         raise ConfigError(f"benchmark.sheet names {', '.join(sorted(strange))}, which is no row of benchmark.variants")
     device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
     pipeline = load_base(str(world / "pipeline"), device=device)
     drawn = draw_scenes(options["scenes"], concepts, config.seed)
-    folder = start_run(config, "float32", {}) if config.resume is None else Path(config.resume)
+    folder = start_run(config, precision, {}) if config.resume is None else Path(config.resume)
     jobs = _jobs(folder, drawn, world, options, pipeline)
-    run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices)
+    run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices, precision)
     if process_rank() == 0:
         outcomes = {name: _judge(classifier, drawn, group) for name, group in jobs.items()}
         _report(folder, drawn, jobs, outcomes, options, concepts)

@@ -163,8 +163,13 @@ def recognise(
 
 
 def _build(config: DictConfig) -> Any:
-    """Returns a new pipeline to train as a whole."""
-    pipeline = instantiate(config.model, words=vocabulary())
+    """Returns a pipeline to train as a whole: a new one, or `base`."""
+    if config.base is None:
+        pipeline = instantiate(config.model, words=vocabulary())
+    else:
+        from vision_lowrank.composer.render import load_base
+
+        pipeline = load_base(str(config.base))
     pipeline.unet.train()
     pipeline.text_encoder.train()
     return pipeline
@@ -185,9 +190,10 @@ def _prepare(config: DictConfig, concept: str) -> Any:
 
 def _fit(config: DictConfig, task: TextToImage, data: L.LightningDataModule, folder: Path, precision: str) -> float:
     """Trains, or goes on with training, and returns the seconds it took."""
-    _, last = checkpoints(folder, "train/loss", "min")
+    # the best too: weights that training spoils can be had back
+    kept = checkpoints(folder, "train/loss", "min")
     trainer = make_trainer(
-        config, precision, [Samples(folder, list(config.samples.prompts), config.samples.every), last],
+        config, precision, [Samples(folder, list(config.samples.prompts), config.samples.every), *kept],
         reload_dataloaders_every_n_epochs=1,
     )  # fmt: skip
     started = time.perf_counter()

@@ -10,18 +10,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    HeunDiscreteScheduler,
-    UNet2DConditionModel,
-)
+from composer_zoo import TOKENS, WIDTH, build_unet, lora, noise, scene
+from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-from vision_lowrank.composer.layout import Box, Region, Scene, Text
-from vision_lowrank.composer.lora_files import LowRank
 from vision_lowrank.composer.losses import CONSTANTS, Constants
 from vision_lowrank.composer.sampler import Settings, compose
 
-WIDTH, TOKENS, HEIGHT_OF_LATENT, WIDTH_OF_LATENT = 8, 7, 12, 16
 LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
     "down_blocks.1.attentions.0.transformer_blocks.0.attn2",
@@ -36,65 +30,9 @@ MAP_LAYERS = [LAYERS[1], LAYERS[3], LAYERS[4]]
 MAP_SIZE = (6, 8)
 
 
-def build_unet(**options):
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **{
-            "sample_size": (HEIGHT_OF_LATENT, WIDTH_OF_LATENT),
-            "block_out_channels": (8, 16),
-            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 2,
-        }
-        | options
-    )
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            # attention that has preferences, else all maps are flat
-            if "to_q" in name or "to_k" in name:
-                parameter.mul_(5)
-    return unet.double().eval()
-
-
 @pytest.fixture(scope="module")
 def unet():
     return build_unet()
-
-
-def text(seed, layers=1):
-    generator = torch.Generator().manual_seed(seed)
-    positive, negative = torch.randn(2, layers, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
-    return Text(positive, negative)
-
-
-def lora(unet, seed, endings=("attn2.to_k", "attn2.to_v", "attn2.to_out.0"), scale=0.7, rank=2):
-    generator = torch.Generator().manual_seed(seed)
-    changes = {}
-    for name, module in unet.named_modules():
-        if name.endswith(endings):
-            out, width = module.weight.shape[:2]
-            down = torch.randn(rank, width, generator=generator, dtype=torch.float64)
-            changes[name] = LowRank(down, 0.3 * torch.randn(out, rank, generator=generator, dtype=torch.float64), scale)
-    return changes
-
-
-def scene(unet, count=2, layers=1, background=()):
-    """Two disjoint boxes, or three that overlap; the second has two LoRAs, one of them at half strength."""
-    boxes = [Box(0, 0, 0.5, 0.5), Box(0.4, 0.55, 1, 1)]
-    if count == 3:
-        boxes = [Box(0, 0, 0.7, 0.5), Box(0.3, 0.3, 1, 0.8), Box(0.5, 0.1, 0.8, 0.6)]
-    loras = [[(lora(unet, 1), 1.0)], [(lora(unet, 2), 0.5), (lora(unet, 3), 1.0)], [(lora(unet, 1), 0.8)]]
-    tokens = [[1, 2], [4], [2, 3, 5]]
-    regions = [Region(box, text(10 + index, layers), tokens[index], loras[index]) for index, box in enumerate(boxes)]
-    return Scene(text(5, layers), regions, background)
-
-
-def noise(images=1, seed=7):
-    shape = (images, 4, HEIGHT_OF_LATENT, WIDTH_OF_LATENT)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # the slow method
@@ -233,7 +171,7 @@ def slow_total(log, scene, settings):
 
 def slow_windows(latents, log, scene, settings, standard):
     """Lays the latents out anew; a position of the maps is 2 by 2 latents."""
-    out = latents.clone()
+    out, patches = latents.clone(), {}
     for index, region in enumerate(scene.regions):
         cells = slow_cells(region.box, *MAP_SIZE, settings.cells)
         if not cells:
@@ -243,8 +181,13 @@ def slow_windows(latents, log, scene, settings, standard):
         score = cross[:, list(region.tokens)].sum(1).reshape(MAP_SIZE)
         places = [(row, column) for row in range(7 - tall) for column in range(9 - wide)]
         row, column = max(places, key=lambda p: float(score[p[0] : p[0] + tall, p[1] : p[1] + wide].sum()))
-        patch = latents[:, :, 2 * row : 2 * (row + tall), 2 * column : 2 * (column + wide)]
-        out[:, :, 2 * cells[0] : 2 * cells[2], 2 * cells[1] : 2 * cells[3]] = patch
+        for y in range(2 * tall):
+            for x in range(2 * wide):
+                to = (2 * cells[0] + y, 2 * cells[1] + x)
+                patches.setdefault(to, []).append(latents[:, :, 2 * row + y, 2 * column + x])
+    for (y, x), found in patches.items():
+        own = settings.overlaps == "own"
+        out[:, :, y, x] = sum(found) / math.sqrt(len(found)) if own else found[-1]
     mean, deviation = (0, standard) if settings.constants.moments == "normal" else (latents.mean(), latents.std())
     return (out - out.mean()) / out.std() * deviation + mean
 

@@ -1,41 +1,19 @@
 """Prompts against diffusers' own encoding, with LoRAs merged into copies and tokens added to the vocabulary."""
 
 import copy
-import string
 
 import diffusers
 import pytest
 import torch
 import transformers
+from composer_zoo import make_encoder, make_tokenizer
 from torch import nn
 
 from vision_lowrank.composer.lora_files import LoraWeights, LowRank
 from vision_lowrank.composer.text import encode
 from vision_lowrank.errors import ConfigError
 
-WIDTH, SECOND_WIDTH, LENGTH = 16, 24, 20
-
-
-def make_tokenizer():
-    characters = string.ascii_lowercase + ",.!<>0123456789"
-    symbols = [*characters, *(f"{character}</w>" for character in characters)]
-    merges = [("c", "a"), ("ca", "t</w>"), ("o", "n</w>")]
-    symbols += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
-
-
-def make_encoder(tokenizer, width, kind):
-    torch.manual_seed(width)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=LENGTH, projection_dim=12, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = kind(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+WIDTH, SECOND_WIDTH = 16, 24
 
 
 def make_pipeline(xl):

@@ -5,17 +5,26 @@ negative one and the positive one. Cross-attention layers are numbered down, mid
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vision_lowrank.composer.layout import CellPolicy, Lora, OverlapPolicy, Places, Scene, Text, UNet, checked_layers
-
-Factors: TypeAlias = tuple[Tensor, Tensor]
+from vision_lowrank.composer.conditions import residuals_of
+from vision_lowrank.composer.injection import (
+    Addition,
+    Branch,
+    combine,
+    low_rank,
+    merge_heads,
+    project_prompt,
+    split_heads,
+)
+from vision_lowrank.composer.layout import CellPolicy, OverlapPolicy, Places, Scene, UNet, checked_layers
 
 
 class Maps(NamedTuple):
@@ -38,14 +47,6 @@ class Maps(NamedTuple):
 
 class _MapsComplete(Exception):
     """All maps are there; the rest of the UNet would not change them."""
-
-
-class _Branch(NamedTuple):
-    """One prompt at one layer: key and value (2, heads, T, head width), low-rank change of the output projection."""
-
-    key: Tensor
-    value: Tensor
-    out: Factors | None
 
 
 class RegionalUNet:
@@ -82,12 +83,12 @@ class RegionalUNet:
         count = 2 if negative else 1
         sample = torch.cat([sample] * count).to(self.unet.dtype)
         text = self.scene.text
-        # the layers have their prompts already; this only tells the UNet that there is one
-        states = torch.stack([text.negative[0], text.positive[0]]).to(sample)
+        # the UNet's layers have their prompts already, those of a ControlNet do not
+        states = self.of_rows(torch.stack([text.negative[0], text.positive[0]]).to(sample), len(sample))
         added = {name: self.of_rows(value.to(sample), len(sample)) for name, value in self.scene.added.items()}
-        out: Tensor = self.unet(
-            sample, timestep, self.of_rows(states, len(sample)), added_cond_kwargs=added or None, return_dict=False
-        )[0]
+        named = residuals_of(self.scene.conditions, self.unet, sample, timestep, states, added)
+        named["added_cond_kwargs"] = added or None
+        out: Tensor = self.unet(sample, timestep, states, **named, return_dict=False)[0]
         return out
 
     def maps(self, sample: Tensor, timestep: Tensor | int, own: bool = True) -> Maps:
@@ -117,12 +118,12 @@ class RegionalUNet:
 class _CrossAttention:
     """Puts each region's own prompt into its box; see `regional_unet`."""
 
-    def __init__(self, model: RegionalUNet, name: str, injection: bool, prompts: list[_Branch]) -> None:
+    def __init__(self, model: RegionalUNet, name: str, injection: bool, prompts: list[Branch]) -> None:
         self.model = model
         self.everywhere, *self.regions = prompts
         self.injection = injection
         self.mapped = name in model.map_layers
-        self.last = name == model.map_layers[-1]
+        self.last = name in model.map_layers[-1:]
 
     def __call__(
         self,
@@ -131,24 +132,27 @@ class _CrossAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        query = _split(attn.to_q(hidden_states), attn.heads)
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        places = self.model.places()
+        injects = self.injection and any(places.cells)
         seen: list[Tensor | None] = [None] * len(self.regions)
         if self.mapped and self.model.cross is not None:
             for index, (region, layers) in enumerate(zip(self.regions, self.model.cross, strict=True)):
-                probabilities = _probabilities(query, self._rows(region.key, query))
-                layers.append(probabilities.mean(1))
-                seen[index] = probabilities
+                positions = places.positions[index] if injects and not self.last else None
+                rows = (self._rows(region.key, query), self._rows(region.value, query))
+                found, seen[index] = _recomputed(_attend_with_map, query, *rows, positions)
+                layers.append(found)
             if self.last:
                 raise _MapsComplete
-        if not self.injection or not any(self.model.places().cells):
-            hidden_states = attn.to_out[0](_merge(self._attend(query, self.everywhere)))
-        else:
+        if injects:
             hidden_states = self._inject(attn, query, seen)
+        else:
+            hidden_states = attn.to_out[0](merge_heads(self._attend(query, self.everywhere)))
         out: Tensor = attn.to_out[1](hidden_states)
         return out
 
     def _inject(self, attn: Any, query: Tensor, seen: list[Tensor | None]) -> Tensor:
-        """Returns the projected output; `seen` holds the probabilities of regions where they are known already."""
+        """Returns the projected output; `seen` holds what regions attended to, where it is known already."""
         places = self.model.places()
         everywhere = [places.outside, *places.positions]
         shares = places.shares.to(query.dtype)[:, None]
@@ -156,13 +160,10 @@ class _CrossAttention:
         changes: list[Tensor] = []
         changed: list[Tensor] = []
         for prompt, positions, known in zip([self.everywhere, *self.regions], everywhere, [None, *seen], strict=True):
-            if known is None:
-                attended = self._attend(query[:, :, positions], prompt)
-            else:
-                attended = known[:, :, positions].to(query.dtype) @ self._rows(prompt.value, query)
-            parts.append(_merge(attended) * shares[positions])
+            attended = self._attend(query[:, :, positions], prompt) if known is None else known
+            parts.append(merge_heads(attended) * shares[positions])
             if prompt.out is not None:
-                changes.append(_low_rank(parts[-1], prompt.out))
+                changes.append(low_rank(parts[-1], prompt.out))
                 changed.append(positions)
         whole = query.new_zeros(query.shape[0], query.shape[2], parts[0].shape[2])
         whole = whole.index_add(1, torch.cat(everywhere), torch.cat(parts, 1))
@@ -170,7 +171,7 @@ class _CrossAttention:
         out: Tensor = attn.to_out[0](whole)
         return out.index_add(1, torch.cat(changed), torch.cat(changes, 1)) if changes else out
 
-    def _attend(self, query: Tensor, prompt: _Branch) -> Tensor:
+    def _attend(self, query: Tensor, prompt: Branch) -> Tensor:
         return F.scaled_dot_product_attention(query, self._rows(prompt.key, query), self._rows(prompt.value, query))
 
     def _rows(self, tensor: Tensor, query: Tensor) -> Tensor:
@@ -192,7 +193,9 @@ class _SelfAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        query, key, value = (_split(layer(hidden_states), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (
+            split_heads(layer(hidden_states), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
         places = self.model.places()
         groups = places.groups if self.masked else None
         if self.mapped and self.model.own is not None:
@@ -202,12 +205,8 @@ class _SelfAttention:
         elif groups is None:
             attended = F.scaled_dot_product_attention(query, key, value)
         else:
-            parts = [
-                F.scaled_dot_product_attention(query[:, :, queries], key[:, :, keys], value[:, :, keys])
-                for queries, keys in groups
-            ]
-            attended = torch.cat(parts, 2)[:, :, places.order]
-        out: Tensor = attn.to_out[1](attn.to_out[0](_merge(attended)))
+            attended = _recomputed(_attend_in_groups, query, key, value, groups)[:, :, places.order]
+        out: Tensor = attn.to_out[1](attn.to_out[0](merge_heads(attended)))
         return out
 
 
@@ -247,12 +246,14 @@ def regional_unet(
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         stack.callback(_set_gradients, trained, True)
         _set_gradients(trained, False)
-        regions = [_prompts(unet, layers, region.text, region.loras, scene.background) for region in scene.regions]
+        regions = [
+            project_prompt(unet, layers, region.text, region.loras, scene.background) for region in scene.regions
+        ]
         for name in sorted({name for lora, _ in scene.background for name in lora}):
             factors = combine(scene.background, name, unet)
             if factors is not None:
-                stack.callback(unet.get_submodule(name).register_forward_hook(_Addition(factors)).remove)
-        everywhere = _prompts(unet, layers, scene.text, (), ())
+                stack.callback(unet.get_submodule(name).register_forward_hook(Addition(factors)).remove)
+        everywhere = project_prompt(unet, layers, scene.text, (), ())
         stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
         for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
             hook = _SizeHook(model)
@@ -265,53 +266,6 @@ def regional_unet(
             processors[f"{name.removesuffix('attn2')}attn1.processor"] = own
         unet.set_attn_processor(processors)
         yield model
-
-
-def combine(loras: Sequence[Lora], name: str, unet: UNet) -> Factors | None:
-    """Returns one pair of factors (rank, in), (out, rank) for what several LoRAs change in a module; None for nothing.
-
-    Scales and strengths are in the second factor; both have the module's type and device.
-    """
-    weight = unet.get_submodule(name).weight
-    found = [(lora[name], lora[name].scale * strength) for lora, strength in loras if name in lora and strength]
-    if not found:
-        return None
-    down = torch.cat([change.down.to(weight) for change, _ in found])
-    return down, torch.cat([(change.up * scale).to(weight) for change, scale in found], 1)
-
-
-@torch.no_grad()
-def _prompts(
-    unet: UNet, layers: Sequence[str], text: Text, loras: Sequence[Lora], background: Sequence[Lora]
-) -> list[_Branch]:
-    """Returns keys, values and change of the output projection at each layer."""
-    # the background changes all outputs of a layer, so a region takes that back
-    instead = [*loras, *((lora, -strength) for lora, strength in background)]
-    out = []
-    for index, name in enumerate(layers):
-        attn = unet.get_submodule(name)
-        rows = [tensor[index if len(tensor) > 1 else 0] for tensor in (text.negative, text.positive)]
-        states = torch.stack(rows).to(attn.to_k.weight)
-        found = {}
-        for layer in ("to_k", "to_v"):
-            factors = combine(loras, f"{name}.{layer}", unet)
-            change = 0 if factors is None else _low_rank(states, factors)
-            found[layer] = _split(getattr(attn, layer)(states) + change, attn.heads)
-        out.append(_Branch(found["to_k"], found["to_v"], combine(instead, f"{name}.to_out.0", unet)))
-    return out
-
-
-class _Addition:
-    """Forward hook that adds a low-rank change to a layer's output."""
-
-    def __init__(self, factors: Factors) -> None:
-        self.factors = factors
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if isinstance(module, nn.Conv2d):
-            hidden = F.conv2d(inputs[0], self.factors[0][:, :, None, None])
-            return output + F.conv2d(hidden, self.factors[1][:, :, None, None])
-        return output + _low_rank(inputs[0], self.factors)
 
 
 class _SizeHook:
@@ -330,18 +284,29 @@ def _set_gradients(parameters: Sequence[nn.Parameter], required: bool) -> None:
         parameter.requires_grad_(required)
 
 
-def _low_rank(x: Tensor, factors: Factors) -> Tensor:
-    return F.linear(F.linear(x, factors[0]), factors[1])
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function; what its gradient needs is computed anew, so that memory does not grow with the regions."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    """Maps (B, N, C) to (B, heads, N, C / heads)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+def _attend_with_map(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the mean map (B, N, T) and, at some positions, what was attended to (B, heads, n, head width)."""
+    probabilities = _probabilities(query, key)
+    attended = None if positions is None else probabilities[:, :, positions].to(query.dtype) @ value
+    return probabilities.mean(1), attended
 
 
-def _merge(x: Tensor) -> Tensor:
-    """Maps (B, heads, N, head width) to (B, N, C)."""
-    return x.transpose(1, 2).flatten(2)
+def _attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns what the queries of each group attended to, one group after the other."""
+    parts = [
+        F.scaled_dot_product_attention(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+        for queries, keys in groups
+    ]
+    return torch.cat(parts, 2)
 
 
 def _probabilities(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from vision_lowrank.composer.conditions import Condition
 from vision_lowrank.composer.lora_files import LowRank
 from vision_lowrank.errors import AdapterError, ConfigError
 
@@ -134,12 +135,14 @@ class Scene:
         regions: the concepts.
         background: LoRAs of the whole image; regions keep the base's keys, values and output projections.
         added: what the UNet needs besides, such as `text_embeds` of SDXL, (2, ...) with the negative row first.
+        conditions: images whose features are added inside the UNet.
     """
 
     text: Text
     regions: Sequence[Region] = ()
     background: Sequence[Lora] = ()
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    conditions: Sequence[Condition] = ()
 
 
 class Places:
@@ -170,7 +173,7 @@ class Places:
             raise ConfigError(f"policy of overlaps is {overlaps!r}; it can be own or official")
         self.size = size
         self.cells = [box.cells(*size, cells) for box in boxes]
-        self._overlaps = overlaps
+        self.overlaps = overlaps
         masks = torch.zeros(len(boxes), *size, dtype=torch.bool, device=device)
         for mask, found in zip(masks, self.cells, strict=True):
             if found is not None:
@@ -200,7 +203,7 @@ class Places:
         members = members.double()
         count = members.sum(1)
         shared = members @ members.T
-        if self._overlaps == "own":
+        if self.overlaps == "own":
             return of_position, (shared > 0) | (count[:, None] == 0) | (count == 0)
         # pairs of different regions, the query in the one and the key in the other; each pair costs the score the same
         pairs = count[:, None] * count - shared
@@ -237,13 +240,14 @@ def checked_layers(unet: UNet, scene: Scene, map_factor: int) -> tuple[list[str]
     """Returns the names of all cross-attention layers and of those whose maps count, once all is known to fit.
 
     Raises:
-        ConfigError: another architecture, exchanged attention layers, no layer for maps, or text that does not fit.
+        ConfigError: another architecture, exchanged attention layers, no layer for maps, or text or a condition that
+            does not fit.
         AdapterError: a LoRA does not fit the UNet, or is not finite.
     """
     check_architecture(unet)
     layers = cross_layers(unet)
     _check_scene(unet, scene, len(layers))
-    return layers, _layers_at(unet, layers, map_factor)
+    return layers, _layers_at(unet, layers, map_factor) if scene.regions else []
 
 
 def cross_layers(unet: UNet) -> list[str]:
@@ -318,6 +322,8 @@ def _check_scene(unet: UNet, scene: Scene, layers: int) -> None:
             _check_lora(unet, lora, f"LoRA of region {index}")
     for lora, _ in scene.background:
         _check_lora(unet, lora, "LoRA of the background")
+    for condition in scene.conditions:
+        condition.check(unet)
 
 
 def _check_lora(unet: UNet, lora: Mapping[str, LowRank], owner: str) -> None:

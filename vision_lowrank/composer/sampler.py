@@ -94,10 +94,11 @@ def compose(
         AdapterError: a LoRA does not fit the UNet.
     """
     settings = settings or Settings()
-    _check_noise(unet, noise, settings.map_factor)
+    _check_noise(unet, noise, settings.map_factor if scene.regions else 1)
     denoiser = Denoiser(scheduler, noise.device, steps, guidance_scale, generator)
-    latents = noise * scheduler.init_noise_sigma
-    with torch.no_grad(), regional_unet(unet, scene, **settings.attention) as model:
+    # in inference mode there would be no gradients, and no word of it
+    with torch.inference_mode(False), torch.no_grad(), regional_unet(unet, scene, **settings.attention) as model:
+        latents = noise * scheduler.init_noise_sigma
         if settings.reinitialisation and scene.regions:
             latents = _laid_out(model, scheduler, latents, settings)
         guidance = _Guidance(model, scheduler, settings.weights, len(latents))
@@ -192,6 +193,8 @@ def guide(
 def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     """Copies, for each region, the part of the latent that its concept attends to most into its box.
 
+    Where boxes overlap, the parts are added and kept as strong as one; with the original's policy the last one stays.
+
     Args:
         latents: (S, channels, height, width).
         maps: of the positive prompts at these latents.
@@ -199,20 +202,29 @@ def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tupl
         moments: mean and deviation that each image gets, (S, 1, 1, 1); None for what they were.
     """
     factor = -(-latents.shape[2] // maps.size[0])
-    out = latents.clone()
-    for region, cross, cells in zip(model.scene.regions, maps.cross, model.places(maps.size).cells, strict=True):
+    places = model.places(maps.size)
+    out, layers = latents.clone(), torch.zeros_like(latents)
+    for region, cross, cells in zip(model.scene.regions, maps.cross, places.cells, strict=True):
         if cells is None:
             continue
         top, left, bottom, right = cells
         scores = token_maps(cross, region.tokens).sum(1, keepdim=True)
         sums = F.conv2d(scores, scores.new_ones(1, 1, bottom - top, right - left))
+        box = (..., slice(top * factor, bottom * factor), slice(left * factor, right * factor))
         for image, best in enumerate(sums.flatten(1).argmax(1).tolist()):
             row, column = divmod(best, sums.shape[3])
-            target = out[image, :, top * factor : bottom * factor, left * factor : right * factor]
             source = latents[image, :, row * factor :, column * factor :]
+            target, layer = out[image][box], layers[image][box]
             # at the lower and right borders the last position may stand for fewer latents
             rows, columns = (min(target.shape[axis], source.shape[axis]) for axis in (1, 2))
-            target[:, :rows, :columns] = source[:, :rows, :columns]
+            part = (slice(None), slice(rows), slice(columns))
+            if places.overlaps == "own":
+                target[part] = torch.where(layer[part] > 0, target[part], 0) + source[part]
+                layer[part] += 1
+            else:
+                target[part] = source[part]
+    # the sum of independent noise is as strong as one of its parts after division by the root of their number
+    out = out / layers.clamp(min=1).sqrt()
     mean, deviation = moments or _moments(latents)
     own_mean, own_deviation = _moments(out)
     return (out - own_mean) / own_deviation * deviation + mean
@@ -251,11 +263,13 @@ class _Guidance:
 
     def move(self, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         """Returns the latents after a step along the gradient, `index` counted from 0; images that stopped stay."""
-        self.losses.append(latents.new_full((len(latents),), torch.nan))
+        # at least float32: bfloat16 could not tell whether a loss grows
+        kind = torch.promote_types(latents.dtype, torch.float32)
+        self.losses.append(latents.new_full((len(latents),), torch.nan, dtype=kind))
         if not self.active.any():
             return latents
         total, gradient = guide(self.model, self.scheduler, latents[self.active], timestep, self.constants)
-        self.losses[-1][self.active] = total.to(latents.dtype)
+        self.losses[-1][self.active] = total.to(kind)
         moved = latents.clone()
         moved[self.active] -= self.constants.step_at(index, self.steps) * gradient
         if index > 0 and index >= self.constants.patience:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_lowrank.composer.conditions import Condition, load_condition
 from vision_lowrank.composer.layout import Box, Lora, Region, Scene
 from vision_lowrank.composer.lora_files import LoraFileError, LoraWeights, check_fits, read_lora
 from vision_lowrank.composer.losses import CONSTANTS
@@ -56,13 +57,23 @@ class RegionEntry:
 
 
 @dataclass(frozen=True)
+class ConditionEntry:
+    """An image that guides the whole composition; `kind` is controlnet or t2i_adapter, `model` a folder or a name."""
+
+    kind: str
+    model: str
+    image: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class SceneFile:
     """What a scene file holds.
 
-    `base` is the folder of a diffusers pipeline, or a name on the hub; `background` LoRAs change the whole image;
-    `joined_prompt` names all concepts at once, for the methods that take one prompt (see `methods.py`), by default the
-    regions' prompts joined by "and"; `steps` and `guidance_scale` are those of sampling; `settings` are changes of
-    `sampler.Settings`, its `constants` a preset or changes of single numbers.
+    `base` is the folder of a diffusers pipeline, or a name on the hub; `background` LoRAs change the whole image,
+    `conditions` guide it; `joined_prompt` names all concepts at once, for the methods that take one prompt (see
+    `methods.py`), by default the regions' prompts joined by "and"; `steps` and `guidance_scale` are those of sampling;
+    `settings` are changes of `sampler.Settings`, its `constants` a preset or changes of single numbers.
     """
 
     base: str
@@ -71,6 +82,7 @@ class SceneFile:
     width: int
     regions: tuple[RegionEntry, ...] = ()
     background: tuple[LoraEntry, ...] = ()
+    conditions: tuple[ConditionEntry, ...] = ()
     negative_prompt: str | None = None
     joined_prompt: str | None = None
     steps: int = 50
@@ -93,6 +105,7 @@ class LoadedScene:
     name: str
     folder: Path
     loras: Mapping[str, LoraWeights]
+    _conditions: list[Condition] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def base(self) -> str:
@@ -103,6 +116,24 @@ class LoadedScene:
     def of(self, entries: tuple[LoraEntry, ...]) -> list[tuple[LoraWeights, float]]:
         """Returns the LoRAs of some entries with their strengths."""
         return [(self.loras[entry.file], entry.strength) for entry in entries]
+
+    def conditions(self, unet: Any) -> list[Condition]:
+        """Loads models and images of the conditions at the first call; errors are those of `load_condition`."""
+        if not self._conditions:
+            size = (self.file.height, self.file.width)
+            self._conditions[:] = [
+                load_condition(
+                    entry.kind,
+                    str(self.folder / entry.model) if (self.folder / entry.model).is_dir() else entry.model,
+                    self.folder / entry.image,
+                    entry.strength,
+                    unet,
+                    *size,
+                    f"scene {self.name}: conditions[{index}]",
+                )
+                for index, entry in enumerate(self.file.conditions)
+            ]
+        return self._conditions
 
 
 def load_scene(name_or_path: str | Path) -> LoadedScene:
@@ -160,7 +191,8 @@ def prepare(scene: LoadedScene, pipeline: Any) -> Scene:
             )
         loras = unet_changes(scene.of(entry.loras))
         regions.append(Region(_box(entry.box, file, where), found.text, found.tokens, loras))
-    return Scene(whole.text, regions, unet_changes(background), added_conditions(whole, file.height, file.width))
+    added = added_conditions(whole, file.height, file.width)
+    return Scene(whole.text, regions, unet_changes(background), added, scene.conditions(pipeline.unet))
 
 
 def prepare_joined(scene: LoadedScene, pipeline: Any, active: Collection[str]) -> Scene:
@@ -183,7 +215,8 @@ def prepare_joined(scene: LoadedScene, pipeline: Any, active: Collection[str]) -
         (scene.loras[name], entry.strength if name in active else 0.0) for name, entry in entries.items()
     ]
     whole = encode(pipeline, prompt, file.negative_prompt, loras)
-    return Scene(whole.text, (), unet_changes(loras), added_conditions(whole, file.height, file.width))
+    added = added_conditions(whole, file.height, file.width)
+    return Scene(whole.text, (), unet_changes(loras), added, scene.conditions(pipeline.unet))
 
 
 def check_loras(scene: LoadedScene, pipeline: Any) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
@@ -101,15 +101,31 @@ class Composition(L.LightningModule):
         return number
 
 
-def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1) -> None:
-    """Runs jobs on some devices, with a progress bar where there are several."""
+def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, precision: str = "32-true") -> None:
+    """Runs jobs on some devices, with a progress bar where there are several.
+
+    Args:
+        pipeline: of diffusers; the base model.
+        jobs: what to compose.
+        device: "cpu", "cuda" and the like.
+        devices: how many of them.
+        precision: Lightning's; "32-true" leaves each weight the type that it has.
+    """
     task = Composition(pipeline, jobs)
     bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
     accelerator = "gpu" if device.startswith("cuda") else device
     trainer = L.Trainer(
-        accelerator=accelerator, devices=devices, callbacks=bar, logger=False, enable_checkpointing=False,
-        enable_progress_bar=bool(bar), enable_model_summary=False,
-    )  # fmt: skip
+        accelerator=accelerator,
+        devices=devices,
+        precision=cast(Any, precision),
+        callbacks=bar,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        # the method needs gradients
+        inference_mode=False,
+    )
     trainer.predict(task, return_predictions=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
