@@ -41,7 +41,6 @@ from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv,
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.composition import Job, run_jobs
 
-WORLD = Path(__file__).parent / "assets" / "sprites"
 # words, commas and tokens that a prompt of the sprites' base may have
 LONGEST = 30
 # shares by name in the files, with their title in tables
@@ -107,7 +106,7 @@ def run_composition(config: DictConfig) -> Path:
         VisionLowRankError: an option is wrong, or the world's files are missing or damaged.
     """
     options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
-    world = (WORLD if options["world"] is None else Path(options["world"])).resolve()
+    world = Path(options["world"]).resolve()
     classifier = load_classifier(world / "classifier")
     concepts = sorted(path.stem for path in (world / "loras").glob("*.safetensors") if path.stem in HELD_OUT)
     if len(concepts) < max(options["scenes"]):
