@@ -1,9 +1,8 @@
 """LoRA-Composer beside the plain pipeline and a slow reference, on a random UNet of SD 1.5's layout; see INTRODUCTION.
 
-python -m benchmarks.composer [--quick | --full] [--output FILE] writes its section of docs/benchmarks.md. --quick is a
-smoke run of small sizes that only prints, unless a file is given; otherwise one core takes about ten minutes, and with
---full, SD 1.5's own channels, half an hour and 16 GB. OMP_NUM_THREADS=1 on a busy machine: then it counts processor
-time.
+python -m benchmarks.composer [--quick | --full] [--output FILE] writes docs/composer_benchmark.md. --quick is a smoke
+run of small sizes that only prints, unless a file is given; otherwise one core takes about ten minutes, with --full, SD
+1.5's own channels, half an hour and 16 GB. OMP_NUM_THREADS=1 on a busy machine: then it counts processor time.
 """
 
 import argparse
@@ -50,7 +49,6 @@ CONTESTANTS = ("plain", "ours", "slow")
 HALVES = ("plain bf16", "ours bf16")
 RATIOS = {"slow/ours": ("slow", "ours"), "ours/plain": ("ours", "plain")}
 PASSES = ("denoising", "guidance", "layout")
-BEGIN, END = (f"<!-- python -m benchmarks.composer: {word} -->" for word in ("begin", "end"))
 Calls = dict[str, Callable[[], object]]
 
 
@@ -279,7 +277,7 @@ def memory_table(found: dict[tuple[str, int], Times], concept: float) -> str:
 
 
 def report(plan: Plan) -> str:
-    """Runs everything and returns the section."""
+    """Runs everything and returns the document."""
     # fresh processes are cheapest while this one is small
     rises = memory(plan) if Path("/proc/self/status").exists() else {}
     found = contest(plan)
@@ -319,30 +317,20 @@ def report(plan: Plan) -> str:
     return "\n".join(text)
 
 
-def write_section(path: Path, section: str) -> None:
-    """Puts a section between its marks in a Markdown file, at the end where there are none."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, mark, rest = old.partition(BEGIN)
-    if not mark and before:
-        before = before.rstrip() + "\n\n"
-    after = rest.partition(END)[2] or "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{section}{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     sizes.add_argument("--full", action="store_true", help="the channels of SD 1.5")
-    parser.add_argument("--output", type=Path, help="Markdown file; docs/benchmarks.md without --quick")
+    parser.add_argument("--output", type=Path, help="Markdown file; docs/composer_benchmark.md without --quick")
     arguments = parser.parse_args()
-    section = report(PLANS["quick" if arguments.quick else "full" if arguments.full else "default"])
-    output = arguments.output or (None if arguments.quick else Path("docs/benchmarks.md"))
+    text = report(PLANS["quick" if arguments.quick else "full" if arguments.full else "default"])
+    output = arguments.output or (None if arguments.quick else Path("docs/composer_benchmark.md"))
     if output is None:
-        print(section)
+        print(text)
         return
-    write_section(output, section)
+    with atomic_path(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

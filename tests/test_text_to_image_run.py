@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from vision_lowrank.data.sprites import BASE, SPRITES
+from vision_lowrank.data.sprites import SPRITES
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models.sprite_classifier import Found
@@ -187,4 +187,3 @@ def test_wrong_options_end_before_work(run, base, root, tmp_path):
     with pytest.raises(CheckpointError, match="not of this task"):
         run("sprites_base", *TINY, f"ckpt_path={tmp_path}/other.ckpt")
     assert len(list((root / "sprites_base").iterdir())) == runs
-    assert set(BASE) < set(SPRITES)

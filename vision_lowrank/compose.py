@@ -13,12 +13,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image, ImageDraw
 
 from vision_lowrank.composer.methods import plan
-from vision_lowrank.composer.render import draw_noise, load_base
+from vision_lowrank.composer.render import latent_shape, load_base
 from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
-from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, write_json
 from vision_lowrank.tasks.composition import Job, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -40,8 +40,6 @@ def run(config: DictConfig) -> Path:
     scenes = [load_scene(name) for name in names]
     if len({scene.name for scene in scenes}) < len(scenes) or len({scene.base for scene in scenes}) > 1:
         raise ConfigError(f"scene={names}: several scenes need names of their own and one base")
-    if config.resume is not None and not (Path(config.resume) / "config.yaml").is_file():
-        raise ConfigError(f"resume={config.resume}: no config.yaml there; give the folder of a run of compose")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
     seeds = [config.seed] if config.seeds is None else list(config.seeds)
@@ -50,10 +48,10 @@ def run(config: DictConfig) -> Path:
     options: Any = OmegaConf.to_container(config.settings, resolve=True)
     plans = []
     for scene in scenes:
-        draw_noise(pipeline, scene.file.height, scene.file.width, seeds[:1])  # refuses sizes
+        latent_shape(pipeline, scene.file.height, scene.file.width)
         settings = make_settings({**scene.file.settings, **options}, f"scene {scene.name}")
         plans.append(plan(config.method, scene, pipeline, settings))
-    folder = start_run(config, config.dtype, {}) if config.resume is None else Path(config.resume)
+    folder = open_run(config, config.dtype)
     jobs = []
     for scene, planned in zip(scenes, plans, strict=True):
         steps = scene.file.steps if config.steps is None else config.steps

@@ -33,11 +33,19 @@ from vision_lowrank.data.sprites import (
     write_caption,
 )
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.evaluation.composition import Edges, Outcome, Share, confusion, judge, mean_over_scenes
+from vision_lowrank.evaluation.composition import (
+    Edges,
+    Outcome,
+    Share,
+    confusion,
+    difference_over_scenes,
+    judge,
+    mean_over_scenes,
+)
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.compositions import save_sheet
 from vision_lowrank.precision import choose_device, choose_precision
-from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.composition import Job, run_jobs
 
@@ -117,7 +125,7 @@ def run_composition(config: DictConfig) -> Path:
     precision = choose_precision(config.precision, device)
     pipeline = load_base(str(world / "pipeline"), device=device)
     drawn = draw_scenes(options["scenes"], concepts, config.seed)
-    folder = start_run(config, precision, {}) if config.resume is None else Path(config.resume)
+    folder = open_run(config, precision)
     jobs = _jobs(folder, drawn, world, options, pipeline)
     run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices, precision)
     if process_rank() == 0:
@@ -181,7 +189,7 @@ def _report(
             rows[-1] |= {f"{key}{part}": value for key, share in shares.items() for part, value in _parts(share)}
             rows[-1] |= _cost([job for job, used in zip(jobs[name], chosen, strict=True) if used])
             if name != first:
-                gap = mean_over_scenes(values[first]["success"][chosen] - arrays["success"][chosen])
+                gap = difference_over_scenes(values[first]["success"][chosen], arrays["success"][chosen])
                 parts = {f"success{part}": value for part, value in _parts(gap)}
                 differences.append({"variant": f"{first} - {name}", "concepts": count, **parts})
     write_csv(folder / "metrics.csv", rows)

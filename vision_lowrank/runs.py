@@ -24,6 +24,8 @@ from vision_lowrank.errors import ConfigError
 
 # rank 0 of a distributed run tells the processes that it starts where to write
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
+# what a resumed run may have another of
+_MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
 
 
 @contextmanager
@@ -119,6 +121,33 @@ def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]
         OmegaConf.save(config, temporary, resolve=True)
     write_json(folder / "provenance.json", provenance(precision, data_hashes))
     return folder
+
+
+def open_run(config: DictConfig, precision: str) -> Path:
+    """Makes the folder of a new run, or returns that of the interrupted one in `config.resume`.
+
+    Args:
+        config: as for `start_run`, with `resume`, and `device` and `devices`, in which the two runs may differ.
+        precision: see `provenance`.
+
+    Raises:
+        ConfigError: the folder is not of a run, or of one with another configuration.
+    """
+    if config.resume is None:
+        return start_run(config, precision, {})
+    path = Path(config.resume) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume={config.resume}: no config.yaml there; give the folder of an interrupted run")
+    before, now = (_settings(part) for part in (OmegaConf.load(path), config))
+    if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise ConfigError(f"resume={config.resume}: that run differs in {', '.join(changed)}; give the same options")
+    return path.parent
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Returns the entries of a configuration that make a run what it is."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return {str(key): value for key, value in plain.items() if key not in _MAY_CHANGE}
 
 
 def process_rank() -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
-from vision_lowrank.sprite_classifier_run import load_classifier, run_classifier
+from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
 
 logger = logging.getLogger(__name__)
@@ -217,10 +217,3 @@ def _finish(folder: Path, task: TextToImage, seconds: float, facts: Mapping[str,
     trained = sum(parameter.numel() for parameter in task.networks.parameters() if parameter.requires_grad)
     reached = {"loss": task.history[-1]["train/loss"], "steps": task.history[-1]["step"], "seconds": seconds}
     write_json(folder / "metrics.json", {**facts, **reached, "parameters": parameters, "trained": trained})
-
-
-# what `train.py` runs by the task
-RUNS: dict[str, Callable[[DictConfig], Path]] = {
-    "vision_lowrank.tasks.text_to_image.TextToImage": run_text_to_image,
-    "vision_lowrank.tasks.sprite_classification.SpriteClassification": run_classifier,
-}

@@ -1,7 +1,9 @@
 """What `train.py` does: one run a seed, and the table over all runs."""
 
 import logging
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +15,9 @@ from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_
 from vision_lowrank.pretraining_run import report_pretraining, run_pretraining
 from vision_lowrank.runs import atomic_path, process_rank
 from vision_lowrank.scene_run import run_scene
+from vision_lowrank.sprite_classifier_run import run_classifier
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
-from vision_lowrank.text_to_image_run import RUNS
+from vision_lowrank.text_to_image_run import run_text_to_image
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +25,18 @@ KEYS = (
     *("name", "runs_root", "seed", "seeds", "regime", "base", "baselines", "ckpt_path", "patience", "random_walk"),
     *("data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
 )
+# what learns from sprites, by the task
+SPRITE_RUNS: dict[str, Callable[[DictConfig], Path]] = {
+    "vision_lowrank.tasks.text_to_image.TextToImage": run_text_to_image,
+    "vision_lowrank.tasks.sprite_classification.SpriteClassification": run_classifier,
+}
 
 
 def train(config: DictConfig) -> list[RunResult]:
     """Runs an experiment for its seed, or for each of its `seeds`, and prints the table.
 
     A scene is classified, or, with the task `HyperMAEPretraining`, a model is pretrained on tiles, or, with a task in
-    `text_to_image_run.RUNS`, something is learned from sprites.
+    `SPRITE_RUNS`, something is learned from sprites.
 
     Args:
         config: as composed from `configs/train.yaml`.
@@ -48,9 +56,11 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: PyTorch sees none here; use trainer=cpu")
-    if config.task._target_ in RUNS:
+    if config.task._target_ in SPRITE_RUNS:
         for seed in seeds:
-            folder = RUNS[config.task._target_](DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None})))
+            folder = SPRITE_RUNS[config.task._target_](
+                DictConfig(OmegaConf.merge(config, {"seed": seed, "seeds": None}))
+            )
             logger.info("written to %s", folder)
         return []
     pretraining = config.task._target_.endswith(f".{HyperMAEPretraining.__name__}")

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from vision_lowrank.composer.lora_files import LoraWeights, LowRank, write_lora
-from vision_lowrank.composer.methods import METHODS, TURN, plan
+from vision_lowrank.composer.methods import TURN, plan
 from vision_lowrank.composer.pipeline import build_pipeline
 from vision_lowrank.composer.render import draw_noise
 from vision_lowrank.composer.sampler import Settings, compose
@@ -139,4 +139,3 @@ def test_regional_prompting_has_no_constraints(scene, pipeline, noise):
 def test_unknown_method(scene, pipeline):
     with pytest.raises(ConfigError, match="method=blend: it can be composer, regional"):
         plan("blend", scene, pipeline, Settings())
-    assert len(METHODS) == 6

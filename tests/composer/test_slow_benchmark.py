@@ -135,13 +135,12 @@ def test_seconds_of_an_image_are_those_of_its_passes():
     assert composer.guidance_passes() == (26, 6)
 
 
-def test_quick_run_fills_every_cell_of_its_section(tmp_path, monkeypatch):
+def test_quick_run_fills_every_cell(tmp_path, monkeypatch):
     path = tmp_path / "benchmarks.md"
-    path.write_text("# Another\n\nIts text.\n")
     monkeypatch.setattr("sys.argv", ["composer", "--quick", "--output", str(path)])
     composer.main()
     text = path.read_text()
-    assert text.startswith(f"# Another\n\nIts text.\n\n{composer.BEGIN}\n# LoRA-Composer")
+    assert text.startswith("# LoRA-Composer")
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     assert len(tables) == 4
     for found in tables:
@@ -155,13 +154,3 @@ def test_quick_run_fills_every_cell_of_its_section(tmp_path, monkeypatch):
     keys = dict(zip(*([cell.strip() for cell in line.split("|")] for line in tables[3].splitlines()[::2]), strict=True))
     # 16 layers of 32 features, two rows, keys and values of two concepts in float32
     assert float(keys["K, V of the concepts"]) == round(16 * 32 * 77 * 2 * 2 * 2 * 4 / 1e6)
-
-
-def test_section_replaces_the_one_before(tmp_path):
-    path = tmp_path / "folder" / "benchmarks.md"
-    for section in ("old\n", "new\n"):
-        composer.write_section(path, section)
-        assert path.read_text() == f"{composer.BEGIN}\n{section}{composer.END}\n"
-    path.write_text(f"before\n\n{path.read_text()}\nafter\n")
-    composer.write_section(path, "newest\n")
-    assert path.read_text() == f"before\n\n{composer.BEGIN}\nnewest\n{composer.END}\n\nafter\n"

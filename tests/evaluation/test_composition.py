@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from vision_lowrank.evaluation.composition import confusion, intersection_over_union, judge, mean_over_scenes, wilson
+from vision_lowrank.evaluation.composition import (
+    confusion,
+    difference_over_scenes,
+    intersection_over_union,
+    judge,
+    mean_over_scenes,
+    wilson,
+)
 
 LEFT, RIGHT = (0.0, 0.0, 64.0, 32.0), (0.0, 32.0, 64.0, 64.0)
 ASKED = [("fox", LEFT), ("bus", RIGHT)]
@@ -78,7 +85,19 @@ def test_confusion_counts_what_boxes_showed():
 def test_differences_are_paired_by_scene():
     hard = np.random.default_rng(2).random((40, 1))
     one, other = (hard + shift > 0.5 for shift in (0.2, 0.0))
-    found = mean_over_scenes(one.astype(float) - other)
+    found = difference_over_scenes(one, other)
     assert found.value == pytest.approx(one.mean() - other.mean())
     # each alone is as uncertain as the scenes are hard, which cancels
     assert found.high - found.low < mean_over_scenes(one).high - mean_over_scenes(one).low
+
+
+def test_differences_that_never_vary_are_not_taken_for_certain():
+    none, every = np.zeros((30, 4), bool), np.ones((30, 4), bool)
+    edge = wilson(30, 30).low
+    for one, other, expected in (
+        (every, none, (1, edge, 1)),
+        (none, every, (-1, -1, -edge)),
+        (every, every, (0, edge - 1, 1 - edge)),
+    ):
+        found = difference_over_scenes(one, other)
+        assert (found.value, found.low, found.high) == pytest.approx(expected)

@@ -73,9 +73,12 @@ def test_an_interrupted_run_makes_what_is_missing(folder, run):
     assert np.array_equal(np.asarray(Image.open(whole / "two-seed4.png")), expected)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (whole / "metrics.json").is_file()
-    # other seeds are another job
-    run(scenes, f"resume={whole}", "seeds=[3,5]")
-    assert (whole / "one-seed5.png").is_file()
+    # nothing is left, which is no error
+    assert run(scenes, f"resume={whole}") == whole
+    with pytest.raises(ConfigError, match="that run differs in seeds"):
+        run(scenes, f"resume={whole}", "seeds=[3,5]")
+    with pytest.raises(ConfigError, match="that run differs in method"):
+        run(scenes, f"resume={whole}", "method=merge")
 
 
 def test_what_cannot_go_together_is_refused(folder, run, tmp_path):

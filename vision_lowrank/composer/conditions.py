@@ -41,11 +41,11 @@ class Condition(Protocol):
 
 
 @dataclass(frozen=True)
-class ControlCondition:
-    """An image that a ControlNet turns, with the latents and prompts of each pass, into features.
+class _ImageCondition:
+    """An image and the model that is shown it.
 
     Args:
-        model: a ControlNetModel of diffusers; its parameters get no gradient.
+        model: a ControlNetModel, whose parameters get no gradient, or a T2IAdapter of diffusers.
         image: what it is shown.
         strength: what its features are multiplied by.
         name: for messages.
@@ -58,6 +58,11 @@ class ControlCondition:
     image: Tensor
     strength: float = 1.0
     name: str = "condition"
+
+
+@dataclass(frozen=True)
+class ControlCondition(_ImageCondition):
+    """An image that a ControlNet turns, with latents and prompts of each pass, into features; see `_ImageCondition`."""
 
     def __post_init__(self) -> None:
         _check_model(self, "ControlNetModel")
@@ -108,23 +113,8 @@ class ControlCondition:
 
 
 @dataclass(frozen=True)
-class AdapterCondition:
-    """An image that a T2I-Adapter turns into features once.
-
-    Args:
-        model: a T2IAdapter of diffusers.
-        image: what it is shown.
-        strength: what its features are multiplied by.
-        name: for messages.
-
-    Raises:
-        ConfigError: another kind of model, an image of a wrong shape, or a strength that is negative or not finite.
-    """
-
-    model: Any
-    image: Tensor
-    strength: float = 1.0
-    name: str = "condition"
+class AdapterCondition(_ImageCondition):
+    """An image that a T2I-Adapter turns into features once; see `_ImageCondition`."""
 
     def __post_init__(self) -> None:
         _check_model(self, "T2IAdapter")
@@ -213,7 +203,7 @@ def load_condition(
         kind: controlnet or t2i_adapter.
         model: folder of the model, or a name on the hub.
         image: file of any size.
-        strength: see `ControlCondition`.
+        strength: what the model's features are multiplied by.
         unet: the base's, whose precision and device the model gets.
         height: what the image is brought to.
         width: what the image is brought to.
@@ -281,7 +271,7 @@ def read_image(path: Path, channels: int, height: int, width: int, name: str) ->
     return torch.from_numpy(pixels / 255).permute(2, 0, 1)[None]
 
 
-def _check_model(condition: ControlCondition | AdapterCondition, kind: str) -> None:
+def _check_model(condition: _ImageCondition, kind: str) -> None:
     import diffusers
 
     if not isinstance(condition.model, getattr(diffusers, kind)):
@@ -290,7 +280,7 @@ def _check_model(condition: ControlCondition | AdapterCondition, kind: str) -> N
         raise ConfigError(f"{condition.name}: strength is {condition.strength}; give a number from 0 up")
 
 
-def _check_image(condition: ControlCondition | AdapterCondition, channels: int, factor: int) -> None:
+def _check_image(condition: _ImageCondition, channels: int, factor: int) -> None:
     shape = tuple(condition.image.shape)
     if len(shape) != 4 or shape[:2] != (1, channels) or shape[2] % factor or shape[3] % factor:
         raise ConfigError(

@@ -89,6 +89,18 @@ def check_base(pipeline: Any, name: str) -> None:
         )
 
 
+def latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, int, int]:
+    """Returns channels, height and width of the latents of an image.
+
+    Raises:
+        ConfigError: latents do not cover the image exactly.
+    """
+    factor = pipeline.vae_scale_factor
+    if height % factor or width % factor:
+        raise ConfigError(f"an image of {height} x {width} pixels; this model makes multiples of {factor}")
+    return pipeline.unet.config.in_channels, height // factor, width // factor
+
+
 def draw_noise(pipeline: Any, height: int, width: int, seeds: Sequence[int]) -> Tensor:
     """Draws noise (S, channels, height of the latent, its width), that of a seed the same on every device.
 
@@ -101,10 +113,7 @@ def draw_noise(pipeline: Any, height: int, width: int, seeds: Sequence[int]) -> 
     Raises:
         ConfigError: latents do not cover the image exactly.
     """
-    factor = pipeline.vae_scale_factor
-    if height % factor or width % factor:
-        raise ConfigError(f"an image of {height} x {width} pixels; this model makes multiples of {factor}")
-    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    shape = latent_shape(pipeline, height, width)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(noise).to(pipeline.unet.device, pipeline.unet.dtype)
 

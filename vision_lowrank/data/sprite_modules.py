@@ -31,8 +31,8 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
-class SpriteDataset(Dataset[dict[str, Any]]):
-    """Pictures of base sprites, each drawn when asked for, from seed, epoch and index alone.
+class DrawnDataset(Dataset[dict[str, Any]]):
+    """Pictures that are drawn when asked for, each from seed, epoch and index alone.
 
     Args:
         length: pictures in an epoch.
@@ -48,9 +48,17 @@ class SpriteDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.length
 
+    def generator(self, index: int) -> np.random.Generator:
+        """Returns the source of all that is random in a picture."""
+        return np.random.default_rng([self.seed, self.epoch, index])
+
+
+class SpriteDataset(DrawnDataset):
+    """Pictures of base sprites with captions."""
+
     def picture(self, index: int) -> Picture:
         """Returns a picture with its layout."""
-        return make_picture(np.random.default_rng([self.seed, self.epoch, index]), BASE)
+        return make_picture(self.generator(index), BASE)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `image` float32 (3, 64, 64) from -1 to 1 and `caption`."""
@@ -119,29 +127,16 @@ APART = 0.2
 HELD_OUT_EPOCHS = 2
 
 
-class BoxDataset(Dataset[dict[str, Tensor]]):
+class BoxDataset(DrawnDataset):
     """Pictures with a box and the number of the sprite that it shows, or, one more than the last, of none.
 
     Six in ten boxes are about a sprite; two lie elsewhere, beside or on parts of sprites; two show halves of two
     different sprites. Pictures are a little blurred, noisy and of changed contrast, as samples of a model are.
-
-    Args:
-        length: number of pictures.
-        seed: of the data.
-        epoch: pictures differ from epoch to epoch.
     """
-
-    def __init__(self, length: int, seed: int, epoch: int = 0) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Returns `image` float32 (3, 64, 64), `box` (4,) as top, left, bottom, right in pixels, and `label` ()."""
-        generator = np.random.default_rng([self.seed, self.epoch, index])
+        generator = self.generator(index)
         kind = generator.random()
         if kind < 0.8:
             picture = make_picture(generator, SPRITES, (0.3, 0.3, 0.2, 0.2))

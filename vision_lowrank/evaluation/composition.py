@@ -78,7 +78,7 @@ def mean_over_scenes(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> 
     """Returns the mean with a 95 % interval in which whole scenes are drawn anew, not single images.
 
     Args:
-        values: (scenes, seeds) successes, shares, or differences of two methods on the same scenes.
+        values: (scenes, seeds) successes or shares.
         draws: of the bootstrap.
         seed: of the bootstrap.
     """
@@ -86,6 +86,28 @@ def mean_over_scenes(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> 
     if means.min() == means.max() and means[0] in (0, 1):
         # the bootstrap of equal values has no width; as many scenes of one trial each are the cautious reading
         return wilson(int(means.sum()), len(means))
+    return _bootstrap(means, draws, seed)
+
+
+def difference_over_scenes(one: np.ndarray, other: np.ndarray, draws: int = 10_000, seed: int = 0) -> Share:
+    """Returns the mean difference of two methods on the same scenes, with its interval as for `mean_over_scenes`.
+
+    Args:
+        one: (scenes, seeds) successes or shares.
+        other: likewise.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    gaps = (np.asarray(one, float) - np.asarray(other, float)).mean(1)
+    if gaps.min() == gaps.max() and gaps[0] in (-1, 0, 1):
+        # as cautious as for a share, on both sides of 0
+        size = wilson(int(abs(gaps).sum()), len(gaps))
+        low, high = (-size.high, size.high) if gaps[0] == 0 else sorted((gaps[0] * size.low, gaps[0] * size.high))
+        return Share(float(gaps[0]), float(low), float(high))
+    return _bootstrap(gaps, draws, seed)
+
+
+def _bootstrap(means: np.ndarray, draws: int, seed: int) -> Share:
     chosen = np.random.default_rng(seed).integers(len(means), size=(draws, len(means)))
     low, high = np.quantile(means[chosen].mean(1), (0.025, 0.975))
     return Share(float(means.mean()), float(low), float(high))
