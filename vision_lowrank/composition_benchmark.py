@@ -48,6 +48,7 @@ from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.composition import Job, run_jobs
+from vision_lowrank.text_to_image_run import WORLD
 
 # words, commas and tokens that a prompt of the sprites' base may have
 LONGEST = 30
@@ -114,7 +115,7 @@ def run_composition(config: DictConfig) -> Path:
         VisionLowRankError: an option is wrong, or the world's files are missing or damaged.
     """
     options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
-    world = Path(options["world"]).resolve()
+    world = WORLD if options["world"] is None else Path(options["world"]).resolve()
     classifier = load_classifier(world / "classifier")
     concepts = sorted(path.stem for path in (world / "loras").glob("*.safetensors") if path.stem in HELD_OUT)
     if len(concepts) < max(options["scenes"]):

@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from vision_lowrank.composition_benchmark import run_composition
 from vision_lowrank.console import run_as_command
+from vision_lowrank.raster_benchmark import run_raster_benchmark
 
-BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {"composition": run_composition}
+BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {"composition": run_composition, "raster": run_raster_benchmark}
 
 
 @hydra.main(config_path="../configs", config_name="evaluate", version_base="1.3")

@@ -202,7 +202,7 @@ def _load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
         parts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # a segmentation model's settings hold those of its encoder
         kind = LessViT if isinstance(model, LessSegmentation) and "encoder" not in parts else type(model)
-        base: Any = kind.from_pretrained(folder, local_files_only=True)
+        base: Any = kind.from_pretrained(folder, local_files_only=True, strict=True)
     except Exception as error:
         raise CheckpointError(f"base {folder}: cannot be loaded as {type(model).__name__} ({error})") from error
     if isinstance(model, LessSegmentation):

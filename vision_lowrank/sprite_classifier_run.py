@@ -91,7 +91,7 @@ def load_classifier(folder: str | Path) -> SpriteClassifier:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder `model` of a run of sprites_classifier")
     try:
-        model: SpriteClassifier = SpriteClassifier.from_pretrained(folder, local_files_only=True)
+        model: SpriteClassifier = SpriteClassifier.from_pretrained(folder, local_files_only=True, strict=True)
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be loaded as a classifier of sprites ({error})") from error
     return model.eval()

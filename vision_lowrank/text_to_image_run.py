@@ -25,7 +25,6 @@ from vision_lowrank.data.sprites import (
     vocabulary,
     with_article,
 )
-from vision_lowrank.errors import ConfigError
 from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
@@ -38,6 +37,8 @@ from vision_lowrank.tasks.text_to_image import TextToImage
 logger = logging.getLogger(__name__)
 
 COLUMNS = 8
+# the world of sprites that comes with the project: pipeline, loras/CONCEPT.safetensors, classifier
+WORLD = Path(__file__).resolve().parent / "assets" / "sprites"
 
 
 class Samples(Callback):
@@ -180,9 +181,7 @@ def _prepare(config: DictConfig, concept: str) -> Any:
     from vision_lowrank.composer.concept import teach
     from vision_lowrank.composer.render import load_base
 
-    if config.base is None:
-        raise ConfigError("a LoRA needs a base: give base=runs/sprites_base/RUN/pipeline")
-    pipeline = load_base(str(config.base))
+    pipeline = load_base(str(config.base or WORLD / "pipeline"))
     targets = {part: list(config.adapter[part]) for part in ("unet", "text_encoder")}
     teach(pipeline, concept_tokens(concept), HELD_OUT[concept], instantiate(config.adapter.method), **targets)
     return pipeline

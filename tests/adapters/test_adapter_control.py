@@ -10,6 +10,7 @@ from torch import nn
 from vision_lowrank import adapters
 from vision_lowrank.adapters import GatedLoRA, LoRA, inject
 from vision_lowrank.errors import AdapterError
+from vision_lowrank.models.layers.window_attention import WindowAttention
 
 
 @pytest.fixture
@@ -154,6 +155,118 @@ def test_disabled(toy):
     adapters.merge(toy)
     with pytest.raises(AdapterError, match="cannot be disabled"), adapters.disabled(toy):
         pass
+
+
+@pytest.fixture
+def mixed(toy):
+    """The toy with two adapters that share a layer and one on layers of its own."""
+    inject(toy, ["mlp.0", "stem"], LoRA(2, 4), name="a")
+    inject(toy, ["mlp.0", "proj"], LoRA(1, 2), name="b")
+    inject(toy, "mlp.2", GatedLoRA(1, 1, gate_rank=1), name="c")
+    return perturb(toy).double()
+
+
+def alone(model, x, strengths):
+    for name, value in strengths.items():
+        adapters.set_strength(model, value, name)
+    output = model(x[None])[0]
+    adapters.set_strength(model, 1.0)
+    return output
+
+
+def test_rows_of_a_model_are_its_samples_alone(mixed):
+    x = torch.randn(4, 1, 4, 6, 6, dtype=torch.float64)
+    weights = torch.tensor([[0, 0, 0], [1, 0, 0.5], [0.3, -2, 1], [0, 1, 0]], dtype=torch.float64)
+    with adapters.rows(mixed, weights):
+        output = mixed(x)
+    for sample, row in enumerate(weights.tolist()):
+        torch.testing.assert_close(output[sample], alone(mixed, x[sample], dict(zip("abc", row, strict=True))))
+    with adapters.disabled(mixed):
+        torch.testing.assert_close(output[0], mixed(x)[0])
+
+
+def test_rows_by_name_multiply_the_strength_and_leave_the_others(mixed):
+    x = torch.randn(2, 1, 4, 6, 6, dtype=torch.float64)
+    adapters.set_strength(mixed, 0.5, "b")
+    with adapters.rows(mixed, {"b": torch.tensor([1.0, 0.4])}):
+        output = mixed(x)
+        with adapters.rows(mixed, {"b": torch.zeros(2)}):
+            inner = mixed(x)
+        assert torch.equal(mixed(x), output)
+    adapters.set_strength(mixed, 1.0)
+    for sample, b in enumerate((0.5, 0.2)):
+        torch.testing.assert_close(output[sample], alone(mixed, x[sample], {"b": b}), atol=1e-6, rtol=0)
+        torch.testing.assert_close(inner[sample], alone(mixed, x[sample], {"b": 0.0}))
+
+
+def test_gradients_reach_the_weights_of_rows(mixed):
+    x = torch.randn(3, 1, 4, 6, 6, dtype=torch.float64)
+    weights = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def output(weights):
+        with adapters.rows(mixed, weights):
+            return mixed(x)
+
+    assert torch.autograd.gradcheck(output, weights)
+    mixed.train()
+    output(weights).sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapters.adapter_parameters(mixed))
+
+
+def test_rows_of_windows():
+    attention = WindowAttention(8, 2, window_size=2, map_size=4).double().eval()
+    inject(attention, ["qkv", "proj"], LoRA(2, 4))
+    perturb(attention)
+    x = torch.randn(3, 4, 4, 8, dtype=torch.float64)
+    weights = torch.tensor([[0.0], [1.0], [0.5]])
+    with adapters.rows(attention, weights), pytest.raises(AdapterError, match="pass windows=True"):
+        attention(x)
+    with adapters.rows(attention, weights, windows=True):
+        output = attention(x)
+        with pytest.raises(AdapterError, match=r"rows of 3 samples do not divide a first axis of (4|16)"):
+            attention(x[:1].expand(4, -1, -1, -1))
+    for sample, weight in enumerate(weights):
+        adapters.set_strength(attention, weight.item())
+        torch.testing.assert_close(output[sample], attention(x[sample : sample + 1])[0])
+
+
+def test_rows_refused(mixed):
+    x = VOLUME.double()
+    for weights, message in (
+        (torch.ones(2, 2), r"shape \(2, 2\), but the model has the adapters .*: give \(batch, 3\)"),
+        ({"a": torch.ones(2, 1)}, r"weights of 'a' have the shape \(2, 1\)"),
+        ({"a": torch.ones(2), "b": torch.ones(3)}, r"batches of \[2, 3\] samples"),
+        ({"d": torch.ones(2)}, "no adapter 'd'"),
+        ({}, "give one for each sample"),
+    ):
+        with pytest.raises(AdapterError, match=message), adapters.rows(mixed, weights):
+            pass
+    expected = mixed(x)
+    with pytest.raises(AdapterError, match="first axis must be the batch"), adapters.rows(mixed, torch.ones(5, 3)):
+        mixed(x)
+    assert torch.equal(mixed(x), expected)
+    adapters.remove(mixed, "c")
+    with adapters.rows(mixed, torch.ones(2, 2)):
+        for merge in (adapters.merge, adapters.merge_and_remove):
+            with pytest.raises(AdapterError, match="strengths for each row"):
+                merge(mixed)
+    adapters.merge(mixed)
+    with pytest.raises(AdapterError, match="one weight for all rows"), adapters.rows(mixed, torch.ones(2, 2)):
+        pass
+
+
+def test_rows_of_a_convolution_without_batch_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1))
+    inject(model, "0", LoRA(1, 1))
+    with adapters.rows(model, torch.ones(2, 1)), pytest.raises(AdapterError, match="first axis must be the batch"):
+        model(torch.ones(3, 4, 4))
+
+
+def test_folding_a_weight_is_off_for_rows(toy):
+    inject(toy, "mlp.0", LoRA(1, 1))
+    assert adapters.folded_weight(toy.mlp[0]) is not None
+    with adapters.rows(toy, torch.ones(2, 1)):
+        assert adapters.folded_weight(toy.mlp[0]) is None
 
 
 def test_strength_is_in_the_state_dict(toy):

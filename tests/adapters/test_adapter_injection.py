@@ -65,6 +65,12 @@ def test_targets(vit, targets, paths):
         ("norm1", "matches 'blocks.0.norm1', a LayerNorm; adapters are for Linear"),
         (["attn.qkv", "fc3"], r"'fc3' matches no layer; near names: .*fc1"),
         (re.compile("qkv"), "matches no layer"),
+        ("qkv[x]", "parts x of layer 'blocks.0.attn.qkv': parts are letters of the layer's name"),
+        (
+            "fc1[q]",
+            "parts q of layer 'blocks.0.mlp.fc1': parts are letters of the layer's name, which is one of kv, qk",
+        ),
+        (["attn.qkv[q]", "blocks.1.attn.qkv"], "'blocks.1.attn.qkv' is targeted as a whole and in part"),
         (lambda path, layer: False, "matches no layer"),
     ],
 )
@@ -73,6 +79,22 @@ def test_targets_refused(vit, targets, message):
         inject(vit, targets, LoRA(2, 4))
     assert adapted(vit) == []
     assert all(parameter.requires_grad for parameter in vit.parameters())
+
+
+def test_plain_name_inside_and_outside_an_embedding_is_refused():
+    model = nn.ModuleDict(
+        {"patch_embed": nn.ModuleDict({"proj": nn.Linear(4, 4)}), "attn": nn.ModuleDict({"proj": nn.Linear(4, 4)})}
+    )
+    with pytest.raises(AdapterError, match=r"embedding \('patch_embed.proj', 1 in all\) and others \('attn.proj', 1"):
+        inject(model, "proj", LoRA(1, 1))
+    assert inject(model, "attn.proj", LoRA(1, 1)) == ["attn.proj"]
+    assert inject(model, "*.proj", LoRA(1, 1), name="both") == ["patch_embed.proj", "attn.proj"]
+
+
+def test_gradients_of_frozen_weights_are_dropped(toy):
+    toy(VOLUME).sum().backward()
+    inject(toy, "mlp.0", LoRA(1, 1), train="head")
+    assert {name for name, p in toy.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
 
 
 class Shared(nn.Module):

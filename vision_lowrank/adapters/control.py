@@ -1,13 +1,13 @@
 """What one does with adapters that are in a model: move their strength, switch them off, merge, count."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.injection import adapted_layers, check_mergeable, trained_modules
-from vision_lowrank.adapters.layers import AdaptedLayer
+from vision_lowrank.adapters.layers import AdaptedLayer, RowStrengths
 from vision_lowrank.adapters.targets import walk
 from vision_lowrank.errors import AdapterError
 
@@ -114,13 +114,60 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.active = before[path]
 
 
+@contextmanager
+def rows(model: nn.Module, weights: Tensor | Mapping[str, Tensor], windows: bool = False) -> Iterator[None]:
+    """Gives each sample of a batch its own mix of adapters inside the block.
+
+    The contribution of an adapter to a sample is multiplied by the sample's weight for it, on top of the adapter's
+    strength: with strengths of 1, sample i is what a batch of it alone gives after `set_strength(model, w, name)` for
+    each of its weights w. Gradients reach the weights. Normalisations that mix samples while training mix these too.
+
+    Args:
+        model: a model with adapters, in training or evaluation.
+        weights: (batch, adapters), the adapters in the order in which the model's layers first have them; or (batch,)
+            for each name, where adapters that are not named keep the same strength for all samples.
+        windows: layers may see several windows of each sample on their first axis, one sample after the other, as
+            window attention does. Without it, such layers are an error.
+
+    Raises:
+        AdapterError: there are no such adapters, they are merged, or the weights have another shape.
+    """
+    layers = adapted_layers(model)
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
+    if isinstance(weights, Tensor):
+        if weights.ndim != 2 or weights.shape[1] != len(names):
+            raise AdapterError(
+                f"rows: weights of shape {tuple(weights.shape)}, but the model has the adapters {', '.join(names)}: "
+                f"give (batch, {len(names)})"
+            )
+        weights = dict(zip(names, weights.unbind(1), strict=True))
+    for name, values in weights.items():
+        adapted_layers(model, name)
+        if values.ndim != 1 or len(values) == 0:
+            raise AdapterError(f"rows: weights of {name!r} have the shape {tuple(values.shape)}: give (batch,)")
+    if len(lengths := {len(values) for values in weights.values()}) != 1:
+        raise AdapterError(f"rows: weights for batches of {sorted(lengths)} samples: give one for each sample, to each")
+    for path, layer in layers.items():
+        if layer.merged:
+            raise AdapterError(f"layer {path!r} is merged, one weight for all rows: call unmerge(model) first")
+    before = {path: layer.row_strengths for path, layer in layers.items()}
+    for layer in layers.values():
+        layer.row_strengths = RowStrengths(weights, windows)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.row_strengths = before[path]
+
+
 def merge(model: nn.Module) -> None:
     """Folds all adapters at their present strength into the base weights, for faster inference.
 
     The sum is computed at least in float32 and rounded once to the weight's precision. Merging twice is merging once.
 
     Raises:
-        AdapterError: there are no adapters, or one of them cannot be merged; nothing is changed then.
+        AdapterError: there are no adapters, one of them cannot be merged, or rows have strengths of their own; nothing
+            is changed then.
     """
     layers = adapted_layers(model)
     check_mergeable(layers)
@@ -130,7 +177,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts the base weights back as they were, the very bits.
+    """Puts weights and biases of the base back as they were, the very bits.
 
     Raises:
         AdapterError: there are no adapters.

@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's layout (see `peft_layout`)."""
+"""Adapters on disk, in peft's layout (see `peft_layout`): as they are, to go on with, or as ordinary LoRAs."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from vision_lowrank import __version__
 from vision_lowrank.adapters.injection import adapted_layers, attach, trained_modules
-from vision_lowrank.adapters.layers import AdaptedLayer
-from vision_lowrank.adapters.peft_layout import OWN_TYPE, PREFIX, check_layers_of_peft, methods_from_config, to_config
+from vision_lowrank.adapters.layers import AdaptedLayer, Adapter
+from vision_lowrank.adapters.methods import LoRA, Method, blank
+from vision_lowrank.adapters.peft_layout import (
+    OWN_TYPE,
+    PREFIX,
+    check_layers_of_peft,
+    methods_from_config,
+    same_in_peft,
+    to_config,
+)
 from vision_lowrank.adapters.targets import check_layers, walk
 from vision_lowrank.errors import AdapterError
 from vision_lowrank.runs import atomic_path, write_json
@@ -25,7 +33,8 @@ CONFIG = "adapter_config.json"
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Writes one adapter and the modules trained beside it; LoRA files are read by peft as they are.
 
-    The strength is not written: a loaded adapter has strength 1, as at evaluation.
+    The strength is not written: a loaded adapter has strength 1, as at evaluation. Other methods are written with all
+    they hold, for `load_adapter`; `export_lora` writes what peft reads.
 
     Args:
         model: a model with adapters.
@@ -35,28 +44,43 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises:
         AdapterError: no such adapter, or the adapters are merged.
     """
-    layers = adapted_layers(model, name)
-    heads = trained_modules(model, name)
+    layers = _unmerged_layers(model, name)
     methods = {path: layer.methods[name] for path, layer in layers.items()}
-    tensors = {
-        f"{path}.{key}": tensor for path, layer in layers.items() for key, tensor in _stored(layer, name).items()
-    }
-    for path in heads:
-        tensors.update({f"{path}.{key}": tensor for key, tensor in model.get_submodule(path).state_dict().items()})
-    bases = {path: layer.base for path, layer in layers.items()}
-    config = to_config(methods, bases, heads, [path for path, _ in walk(model)])
-    metadata = {"format": "pt"}
-    if config["peft_type"] == OWN_TYPE:
-        kinds = sorted({type(method).__name__ for method in methods.values()})
-        metadata |= {"vision_lowrank": __version__, "method": "+".join(kinds)}
-    with atomic_path(Path(folder) / WEIGHTS) as temporary:
-        # a copy of each, since safetensors refuses tensors that share memory
-        save_file(
-            {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()},
-            temporary,
-            metadata,
-        )
-    write_json(Path(folder) / CONFIG, config)
+    _write(model, folder, name, methods, {path: _stored(layer.by_name[name]) for path, layer in layers.items()})
+
+
+@torch.no_grad()
+def export_lora(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Writes one adapter as an ordinary LoRA that peft reads, whatever method found it, and its trained modules.
+
+    For methods whose contribution is a product of two factors, such as LoRA-XS, and for adapters of parts of a layer,
+    whose ranks add up. What is loaded again is that LoRA, at strength 1, and no longer the method.
+
+    Args:
+        model: a model with adapters.
+        folder: as for `save_adapter`.
+        name: the adapter to write.
+
+    Raises:
+        AdapterError: no such adapter, the adapters are merged, a method is no product of two factors, or peft computes
+            something else on a layer (a convolution with groups, dilation or a padding mode).
+    """
+    layers = _unmerged_layers(model, name)
+    methods: dict[str, Method] = {}
+    tensors = {}
+    for path, layer in layers.items():
+        factors = layer.by_name[name].lora_factors()
+        if factors is None:
+            raise AdapterError(
+                f"adapter {name!r} on layer {path!r} is a {layer.methods[name]}, which is no LoRA: write it with "
+                "save_adapter, or turn it into a LoRA first where its method can"
+            )
+        if not same_in_peft(layer.base):
+            raise AdapterError(f"peft's LoRA computes something else on layer {path!r}, {layer.base}: use save_adapter")
+        down, up, scaling = factors
+        methods[path] = LoRA(len(down), scaling * len(down))
+        tensors[path] = {"lora_A.weight": down, "lora_B.weight": up}
+    _write(model, folder, name, methods, tensors)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> list[str]:
@@ -74,8 +98,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         The paths of the adapted layers.
 
     Raises:
-        AdapterError: a file is missing or damaged, asks for something else than plain or gated LoRA, or does not
-            belong to this model; or the name is taken.
+        AdapterError: a file is missing or damaged, asks for a method unknown here, or does not belong to this model;
+            or the name is taken.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -92,10 +116,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         )
     layers = check_layers(model, list(methods))
     check_layers_of_peft(config, layers, source)
+    built = {path: blank(method, layers[path]) for path, method in methods.items()}
     expected = {
-        f"{path}.{key}": tensor.shape
-        for path, method in methods.items()
-        for key, tensor in _without_strength(method.build(layers[path])).items()
+        f"{path}.{key}": tensor.shape for path, adapter in built.items() for key, tensor in _stored(adapter).items()
     }
     heads = _find_heads(model, config.get("modules_to_save") or [], [key for key in tensors if key not in expected])
     for path in heads:
@@ -103,30 +126,55 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         expected.update({f"{path}.{key}": tensor.shape for key, tensor in state.items()})
     _check_tensors(tensors, expected, source)
 
-    attach(model, methods, name, heads)
+    for path, adapter in built.items():
+        # not a copy of each tensor: an adapter may check what it loads
+        adapter.load_state_dict({key: tensors[f"{path}.{key}"] for key in _stored(adapter)}, strict=False)
+    attach(model, methods, name, heads, built)
     with torch.no_grad():
-        for path, layer in adapted_layers(model, name).items():
-            if path in methods:
-                _copy(_stored(layer, name), tensors, path)
         for path in heads:
-            _copy(model.get_submodule(path).state_dict(), tensors, path)
+            for key, target in model.get_submodule(path).state_dict().items():
+                target.copy_(tensors[f"{path}.{key}"])
     return list(methods)
 
 
-def _stored(layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
-    """Returns what of an adapter goes into a file."""
-    if layer.merged:
+def _unmerged_layers(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
+    layers = adapted_layers(model, name)
+    if any(layer.merged for layer in layers.values()):
         raise AdapterError("the adapters are merged: call unmerge(model) before saving them")
-    return _without_strength(layer.adapters[name])
+    return layers
 
 
-def _without_strength(adapter: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor for key, tensor in adapter.state_dict().items() if key != "strength"}
+def _stored(adapter: Adapter) -> dict[str, Tensor]:
+    """Returns what of an adapter goes into a file: all but its strength and that of adapters inside."""
+    return {key: tensor for key, tensor in adapter.state_dict().items() if key.rpartition(".")[2] != "strength"}
 
 
-def _copy(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str) -> None:
-    for key, target in targets.items():
-        target.copy_(tensors[f"{path}.{key}"])
+def _write(
+    model: nn.Module,
+    folder: str | Path,
+    name: str,
+    methods: Mapping[str, Method],
+    adapters: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Writes the tensors of adapters by layer path, and the modules trained beside them."""
+    heads = trained_modules(model, name)
+    tensors = {f"{path}.{key}": tensor for path, stored in adapters.items() for key, tensor in stored.items()}
+    for path in heads:
+        tensors.update({f"{path}.{key}": tensor for key, tensor in model.get_submodule(path).state_dict().items()})
+    bases = {path: layer.base for path, layer in adapted_layers(model, name).items()}
+    config = to_config(methods, bases, heads, [path for path, _ in walk(model)])
+    metadata = {"format": "pt"}
+    if config["peft_type"] == OWN_TYPE:
+        kinds = sorted({layer["method"] for layer in config["layers"].values()})
+        metadata |= {"vision_lowrank": __version__, "method": "+".join(kinds)}
+    with atomic_path(Path(folder) / WEIGHTS) as temporary:
+        # a copy of each, since safetensors refuses tensors that share memory
+        save_file(
+            {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()},
+            temporary,
+            metadata,
+        )
+    write_json(Path(folder) / CONFIG, config)
 
 
 def _find_heads(model: nn.Module, names: list[str], keys: list[str]) -> list[str]:
@@ -139,7 +187,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
     for key, tensor in tensors.items():
         if key not in expected:
             raise AdapterError(
-                f"{source}: key {PREFIX}{key} is neither part of a plain or gated LoRA nor of a module in "
+                f"{source}: key {PREFIX}{key} is neither part of an adapter known here nor of a module in "
                 "modules_to_save that this model has: load it with peft, or into the model it was trained on"
             )
         if tensor.shape != expected[key]:

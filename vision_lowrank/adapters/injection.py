@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from vision_lowrank.adapters.layers import AdaptedLayer
+from vision_lowrank.adapters.layers import AdaptedLayer, Adapter
 from vision_lowrank.adapters.methods import Method
-from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, walk
+from vision_lowrank.adapters.slices import Sliced
+from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_parts, walk
 from vision_lowrank.errors import AdapterError
 
 # the names of the adapters beside which a module is trained; on the module itself, so that copies keep it
@@ -17,14 +18,15 @@ _MARK = "_trained_beside"
 def inject(model: nn.Module, targets: Targets, method: Method, name: str = "default", train: Targets = ()) -> list[str]:
     """Puts an adapter on every targeted layer, in place, and freezes everything else.
 
-    The adapted model computes what the model computed, bit for bit, until the adapters are trained. Further calls may
-    add other layers under the same name (with another rank, say) or another name on the same layers; contributions
-    are summed.
+    The adapted model computes what the model computed, bit for bit, until the adapters are trained; where a method
+    starts elsewhere, its description says so. Further calls may add other layers under the same name (with another
+    rank, say) or another name on the same layers; contributions are summed.
 
     Args:
         model: any module.
-        targets: layers, see `targets.find_targets`; several may be given.
-        method: `LoRA(...)` or `GatedLoRA(...)`.
+        targets: layers, see `targets.find_targets`, or parts of fused ones, see `targets.find_parts`: `attn.qkv[q,v]`
+            puts an adapter of its own on the queries' and on the values' rows. Several may be given.
+        method: settings such as `LoRA(...)`; `registry.METHODS` has all.
         name: the adapter's name, a Python identifier.
         train: modules to train beside the adapters and to save with them, such as the head; named as targets are.
 
@@ -35,13 +37,27 @@ def inject(model: nn.Module, targets: Targets, method: Method, name: str = "defa
         AdapterError: a target matches nothing or what cannot be adapted, the name is taken there, or a module to train
             contains an adapted layer. The model is then as it was.
     """
-    paths = find_targets(model, targets)
-    attach(model, dict.fromkeys(paths, method), name, find_modules(model, train))
-    return paths
+    parts = find_parts(model, targets)
+    methods = {path: Sliced(method, some, path.rpartition(".")[2]) if some else method for path, some in parts.items()}
+    attach(model, methods, name, find_modules(model, train))
+    return list(methods)
 
 
-def attach(model: nn.Module, methods: Mapping[str, Method], name: str, train: list[str]) -> None:
+def attach(
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    name: str,
+    train: list[str],
+    built: Mapping[str, Adapter] | None = None,
+) -> None:
     """Does the work of `inject` for resolved paths, one method a layer.
+
+    Args:
+        model: as for `inject`.
+        methods: settings by path.
+        name: as for `inject`.
+        train: paths of modules to train.
+        built: the adapters by path, where they are made already; None makes them.
 
     Raises:
         AdapterError: as `inject`.
@@ -65,8 +81,9 @@ def attach(model: nn.Module, methods: Mapping[str, Method], name: str, train: li
                     "take one of the two out"
                 )
 
-    adapters = {path: method.build(layers[path]) for path, method in methods.items()}
-    for path, adapter in adapters.items():
+    if built is None:
+        built = {path: method.build(layers[path]) for path, method in methods.items()}
+    for path, adapter in built.items():
         module = model.get_submodule(path)
         if not isinstance(module, AdaptedLayer):
             module = AdaptedLayer(layers[path])
@@ -142,14 +159,20 @@ def check_mergeable(layers: Mapping[str, AdaptedLayer]) -> None:
     """Checks all layers before the first is changed.
 
     Raises:
-        AdapterError: an adapter has no equivalent weight.
+        AdapterError: an adapter has no equivalent weight, or each row of the batch has its own.
     """
     for path, layer in layers.items():
+        if layer.row_strengths is not None:
+            raise AdapterError(
+                f"layer {path!r} has strengths for each row, and one weight cannot serve all rows: leave the block of "
+                "rows(model, ...) before merging"
+            )
         for name, adapter in layer.by_name.items():
             if not adapter.mergeable:
+                training = ", or call model.eval() first if it is one weight then" if layer.training else ""
                 raise AdapterError(
-                    f"adapter {name!r} on layer {path!r} is a {type(layer.methods[name]).__name__}, which depends on "
-                    "the input and cannot be merged: keep it unmerged, or train with LoRA instead"
+                    f"adapter {name!r} on layer {path!r} is a {layer.methods[name]}, which is no single weight for all "
+                    f"inputs and cannot be merged: keep it unmerged{training}"
                 )
 
 
@@ -188,13 +211,17 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def _freeze(model: nn.Module) -> None:
-    """Leaves gradients to adapters and to modules trained beside them, and to nothing else."""
+    """Leaves gradients to adapters and to modules trained beside them, and to nothing else.
+
+    Gradients that frozen weights have are dropped: they take memory and count in the norm that clipping sees.
+    """
     trained = [model.get_submodule(path) for path in trained_modules(model)]
     adapters = [layer.adapters for layer in adapted_layers(model).values()]
     kept = {parameter for module in [*trained, *adapters] for parameter in module.parameters()}
     for parameter in model.parameters():
         if parameter not in kept:
             parameter.requires_grad_(False)
+            parameter.grad = None
     for module in trained:
         module.requires_grad_(True)
 

@@ -1,12 +1,12 @@
 """What an adapter is made of: frozen, comparable settings, each of which builds the adapter of one layer.
 
-A new method is one dataclass with `build` and one module with `forward`, `delta_weight` and `strength`; nothing else
-asks which method it is.
+A new method is one file, with a dataclass that has `build` and a module that has `forward`, `delta_weight` and
+`strength`, and one row in `registry`; nothing else asks which method it is.
 """
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from vision_lowrank.adapters.layers import Adapter, BaseLayer, GatedLoRAAdapter, LoRAAdapter
 from vision_lowrank.errors import AdapterError
@@ -14,11 +14,25 @@ from vision_lowrank.errors import AdapterError
 
 @runtime_checkable
 class Method(Protocol):
-    """Settings of an adapter; `build` makes the adapter of one layer and leaves the layer as it is."""
+    """Settings of an adapter; `build` makes the adapter of one layer and leaves the layer as it is.
+
+    A method whose start is costly, or needs more than the layer, also has `blank` of the same signature: an adapter
+    of the same shapes without values, for a file to fill.
+    """
 
     def build(self, base: BaseLayer) -> Adapter:
-        """Makes an adapter on the device and in the precision of `base`; the adapted layer equals `base` at start."""
+        """Makes an adapter on the device and in the precision of `base`.
+
+        The adapted layer equals `base` at start, unless the method's description says otherwise.
+        """
         ...
+
+
+def blank(method: Method, base: BaseLayer) -> Adapter:
+    """Makes the adapter of one layer for a file to fill."""
+    make = getattr(method, "blank", method.build)
+    adapter: Adapter = make(base)
+    return adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +59,8 @@ class LoRA:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_alpha(self.alpha)
+        check_rank("rank", self.rank)
+        check_alpha(self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(f"LoRA dropout={self.dropout!r}: give a probability from 0 up to, but not, 1")
 
@@ -81,45 +95,31 @@ class GatedLoRA:
     gate_rank: int | None
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_alpha(self.alpha)
+        check_rank("rank", self.rank)
+        check_alpha(self.alpha)
         if self.gate_rank is not None:
-            _check_rank("gate_rank", self.gate_rank)
+            check_rank("gate_rank", self.gate_rank)
 
     def build(self, base: BaseLayer) -> Adapter:
         """Makes the factors; B, the residual and the gate's logits start at zero."""
         return GatedLoRAAdapter(base, self.rank, self.alpha / self.rank, self.gate_rank)
 
 
-METHODS: dict[str, type[LoRA] | type[GatedLoRA]] = {method.__name__: method for method in (LoRA, GatedLoRA)}
-
-
-def describe(method: LoRA | GatedLoRA) -> dict[str, Any]:
-    """Returns the settings as plain values, with the method's name under `method`; `from_description` reads them."""
-    return {"method": type(method).__name__, **dataclasses.asdict(method)}
-
-
-def from_description(description: dict[str, Any]) -> LoRA | GatedLoRA:
-    """Rebuilds a method from what `describe` gave.
+def check_rank(name: str, rank: int) -> None:
+    """Refuses what is no inner dimension.
 
     Raises:
-        AdapterError: unknown method or setting.
+        AdapterError: not a whole number of at least 1.
     """
-    settings = dict(description)
-    name = settings.pop("method", None)
-    if name not in METHODS:
-        raise AdapterError(f"unknown adapter method {name!r}: this version knows {', '.join(METHODS)}")
-    try:
-        return METHODS[name](**settings)
-    except TypeError as error:
-        raise AdapterError(f"settings {settings} do not belong to adapter method {name}: {error}") from error
-
-
-def _check_rank(name: str, rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"adapter {name}={rank!r}: give a whole number of at least 1")
 
 
-def _check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float) -> None:
+    """Refuses what cannot be multiplied with.
+
+    Raises:
+        AdapterError: not a finite number.
+    """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterError(f"adapter alpha={alpha!r}: give a finite number")

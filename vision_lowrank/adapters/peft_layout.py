@@ -4,7 +4,7 @@ adapter_config.json         peft_type LORA where peft computes the same, else OW
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight    (rank, in / groups, *kernel)
                             base_model.model.<layer>.lora_B.weight    (out, rank, 1, ...)
                             base_model.model.<module>.<tensor>        modules trained beside the adapter
-                            GatedLoRA also gate_A, gate_B, residual_A, residual_B, or gate, residual
+                            of the other methods, the names of their tensors; parts.q.<tensor> of parts of a layer
 """
 
 import re
@@ -16,7 +16,8 @@ from torch import nn
 
 from vision_lowrank import __version__
 from vision_lowrank.adapters.layers import BaseLayer
-from vision_lowrank.adapters.methods import GatedLoRA, LoRA, describe, from_description
+from vision_lowrank.adapters.methods import LoRA, Method
+from vision_lowrank.adapters.registry import describe, from_description
 from vision_lowrank.errors import AdapterError
 
 PREFIX = "base_model.model."
@@ -45,7 +46,7 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def to_config(
-    methods: Mapping[str, LoRA | GatedLoRA],
+    methods: Mapping[str, Method],
     layers: Mapping[str, BaseLayer],
     heads: Sequence[str],
     all_paths: Iterable[str],
@@ -60,7 +61,7 @@ def to_config(
     """
     loras = {path: method for path, method in methods.items() if isinstance(method, LoRA)}
     common = {"modules_to_save": list(heads) or None, "base_model_name_or_path": None, "inference_mode": True}
-    if len(loras) < len(methods) or not all(_same_in_peft(layer) for layer in layers.values()):
+    if len(loras) < len(methods) or not all(same_in_peft(layer) for layer in layers.values()):
         description = {path: describe(method) for path, method in methods.items()}
         return {"peft_type": OWN_TYPE, "vision_lowrank": __version__, "layers": description, **common}
 
@@ -119,7 +120,7 @@ def lora_from_config(config: Mapping[str, Any], path: str, source: str) -> LoRA:
     )
 
 
-def methods_from_config(config: Mapping[str, Any], keys: Iterable[str], source: str) -> dict[str, LoRA | GatedLoRA]:
+def methods_from_config(config: Mapping[str, Any], keys: Iterable[str], source: str) -> dict[str, Method]:
     """Returns the settings of every adapted layer of a file, by layer path.
 
     Args:
@@ -146,14 +147,14 @@ def check_layers_of_peft(config: Mapping[str, Any], layers: Mapping[str, BaseLay
         AdapterError: a convolution with groups, dilation or a padding mode.
     """
     for path, layer in layers.items():
-        if config["peft_type"] == "LORA" and not _same_in_peft(layer):
+        if config["peft_type"] == "LORA" and not same_in_peft(layer):
             raise AdapterError(
                 f"{source}: layer {path!r} is {layer}; peft's LoRA ignores groups, dilation and padding mode in its "
                 "first factor, so the file means something else there: use it with peft"
             )
 
 
-def _same_in_peft(layer: BaseLayer) -> bool:
+def same_in_peft(layer: BaseLayer) -> bool:
     """Whether peft computes our LoRA on this layer: its A ignores groups, dilation and the padding mode."""
     if isinstance(layer, nn.Linear):
         return True

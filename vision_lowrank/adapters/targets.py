@@ -1,13 +1,13 @@
-"""Which layers of a model a user means: name suffixes, globs, regular expressions or a function."""
+"""Which layers of a model a user means: name suffixes, globs, regular expressions or a function, and parts of them."""
 
 import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
@@ -17,6 +17,12 @@ Target: TypeAlias = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Targets: TypeAlias = Target | Sequence[Target]
 
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# a fused projection by the letters of its parts, and the parts that are meant: attn.qkv[q,v]
+_PARTS = re.compile(r"(?P<layers>.*[^.])\[(?P<parts>[a-z](,[a-z])*)\]")
+_FUSED = {"qkv", "kv", "qk"}
+
+_EMBEDDING = re.compile(r"embed[^.]*\.")  # somewhere in the path of a layer inside an embedding
 
 # these modules hand the weight of the named children to a fused kernel and never call the children
 _READS_WEIGHTS_OF = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
@@ -30,13 +36,45 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     path, a function gets path and layer. Globs, patterns and functions only see linear and convolution layers.
 
     Raises:
-        AdapterError: a target matches nothing, layers of a kind that has no adapters, or, as a plain suffix, both
-            linear and convolution layers (in a ViT `proj` is the attention's projection and the patch embedding).
+        AdapterError: a target matches nothing, layers of a kind that has no adapters, or parts of layers; or, as a
+            plain suffix, both linear and convolution layers (in a ViT `proj` is the attention's projection and the
+            patch embedding), or layers inside and outside an embedding.
     """
-    chosen: dict[str, None] = {}
+    found = find_parts(model, targets)
+    for path, parts in found.items():
+        if parts:
+            raise AdapterError(
+                f"target for parts {','.join(parts)} of layer {path!r}: here only whole layers are taken, leave out "
+                "the brackets"
+            )
+    return list(found)
+
+
+def find_parts(model: nn.Module, targets: Targets) -> dict[str, str]:
+    """Resolves targets as `find_targets` does, and those for parts of fused layers as well.
+
+    A string that ends in letters in brackets, with commas between them, is for parts of layers: `attn.qkv[q,v]` is
+    queries and values of every `....attn.qkv`. What is before the brackets is a suffix or a glob.
+
+    Returns:
+        The letters of the parts by path, in the model's order; empty for a whole layer.
+
+    Raises:
+        AdapterError: as `find_targets`; or a layer is no fused projection of equal parts one after the other, or is
+            targeted both as a whole and in part.
+    """
+    chosen: dict[str, set[str]] = {}
     for target in as_sequence(targets):
-        chosen.update(dict.fromkeys(_find_one(model, target)))
-    return [path for path, _ in walk(model) if path in chosen]
+        match = _PARTS.fullmatch(target) if isinstance(target, str) else None
+        parts = set(match["parts"].split(",")) if match else set()
+        for path in _find_one(model, match["layers"] if match else target):
+            if parts:
+                _check_fused(model, path, parts)
+            if bool(chosen.setdefault(path, parts)) != bool(parts):
+                raise AdapterError(f"layer {path!r} is targeted as a whole and in part: leave out one of the two")
+            chosen[path] = chosen[path] | parts
+    order = {path: _last(path) for path, _ in walk(model) if path in chosen}
+    return {path: "".join(letter for letter in name if letter in chosen[path]) for path, name in order.items()}
 
 
 def find_modules(model: nn.Module, names: Targets) -> list[str]:
@@ -126,6 +164,33 @@ def _check_kind(model: nn.Module, path: str) -> BaseLayer:
     return layer
 
 
+def _check_fused(model: nn.Module, path: str, parts: set[str]) -> None:
+    """Refuses parts of a layer whose rows are not known to be whole parts one after the other."""
+    name, rows = _last(path), len(cast(Tensor, base_of(model.get_submodule(path)).weight))
+    owner = model.get_submodule(path.rpartition(".")[0])
+    if name not in _FUSED or not parts <= set(name):
+        raise AdapterError(
+            f"parts {','.join(sorted(parts))} of layer {path!r}: parts are letters of the layer's name, which is one "
+            f"of {', '.join(sorted(_FUSED))}; adapt the whole layer"
+        )
+    if getattr(owner, "head_first", False) or hasattr(owner, "key_dim"):
+        # as in MaxViT and in TinyViT and EfficientFormer
+        raise AdapterError(
+            f"layer {path!r} of a {type(owner).__name__} has its rows head by head, not part by part: adapt it whole"
+        )
+    heads, width = getattr(owner, "num_heads", None), getattr(owner, "head_dim", None)
+    if isinstance(heads, int) and isinstance(width, int) and rows != len(name) * heads * width:
+        # as in the global attention of GC ViT, whose qkv is keys and values
+        raise AdapterError(
+            f"layer {path!r} has {rows} rows, not {len(name)} parts of {heads} heads of {width}: it is fused in "
+            "another way than its name says, adapt it whole"
+        )
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
 def _find_one(model: nn.Module, target: Target) -> list[str]:
     modules = {path: base_of(module) for path, module in walk(model)}
     layers = {path: module for path, module in modules.items() if isinstance(module, SUPPORTED)}
@@ -147,6 +212,14 @@ def _find_one(model: nn.Module, target: Target) -> list[str]:
                 f"target {target!r} matches linear layers ({linear[0]!r}, {len(linear)} in all) and convolutions "
                 f"({convolutions[0]!r}, {len(convolutions)} in all): name more of the path, such as "
                 f"{'.'.join(linear[0].split('.')[-2:])!r}, or use a glob such as '*{target}' to mean both"
+            )
+        embeddings = [path for path in matches if _EMBEDDING.search(path)]
+        if 0 < len(embeddings) < len(matches):
+            other = next(path for path in matches if path not in embeddings)
+            raise AdapterError(
+                f"target {target!r} matches layers of an embedding ({embeddings[0]!r}, {len(embeddings)} in all) and "
+                f"others ({other!r}, {len(matches) - len(embeddings)} in all): name more of the path, such as "
+                f"{'.'.join(other.split('.')[-2:])!r}, or use a glob such as '*{target}' to mean both"
             )
     return matches
 

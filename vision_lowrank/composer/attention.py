@@ -18,6 +18,7 @@ from vision_lowrank.composer.conditions import residuals_of
 from vision_lowrank.composer.injection import (
     Addition,
     Branch,
+    LocalAddition,
     combine,
     low_rank,
     merge_heads,
@@ -216,6 +217,7 @@ def regional_unet(
     scene: Scene,
     *,
     injection: bool = True,
+    all_layers: bool = False,
     self_mask: bool = True,
     cells: CellPolicy = "nearest",
     overlaps: OverlapPolicy = "own",
@@ -230,6 +232,8 @@ def regional_unet(
         unet: of Stable Diffusion 1, 2 or XL.
         scene: what is to be composed.
         injection: regions take their own prompts and LoRAs; without it, only maps know of them.
+        all_layers: regions also take, at their positions, what their LoRAs change besides keys, values and output
+            projections of cross-attention: queries, self-attention, feed-forwards, projections of transformers.
         self_mask: a position in a box sees the box and the background, and what `overlaps` says.
         cells: see `Box.cells`.
         overlaps: see `Places`.
@@ -255,9 +259,14 @@ def regional_unet(
                 stack.callback(unet.get_submodule(name).register_forward_hook(Addition(factors)).remove)
         everywhere = project_prompt(unet, layers, scene.text, (), ())
         stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
+        for name in _local_layers(unet, scene) if injection and all_layers else ():
+            instead = [(lora, -strength) for lora, strength in scene.background]
+            changes = [combine([*region.loras, *instead], name, unet) for region in scene.regions]
+            hook = LocalAddition(model.places, changes)
+            stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
         for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
-            hook = _SizeHook(model)
-            stack.callback(unet.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+            size_hook = _SizeHook(model)
+            stack.callback(unet.get_submodule(name).register_forward_pre_hook(size_hook, with_kwargs=True).remove)
         processors: dict[str, _CrossAttention | _SelfAttention] = {}
         for index, name in enumerate(layers):
             prompts = [everywhere[index], *(region[index] for region in regions)]
@@ -266,6 +275,14 @@ def regional_unet(
             processors[f"{name.removesuffix('attn2')}attn1.processor"] = own
         unet.set_attn_processor(processors)
         yield model
+
+
+def _local_layers(unet: UNet, scene: Scene) -> list[str]:
+    """Returns the layers of transformers that LoRAs change and cross-attention's processors do not see to."""
+    handled = (".attn2.to_k", ".attn2.to_v", ".attn2.to_out.0")
+    loras = [*scene.background, *(lora for region in scene.regions for lora in region.loras)]
+    names = {name for lora, _ in loras for name in lora} if scene.regions else set()
+    return sorted(name for name in names if ".attentions." in name and not name.endswith(handled))
 
 
 class _SizeHook:

@@ -1,13 +1,13 @@
 """A region's prompt and LoRAs at a layer: keys, values and low-rank changes, computed once and never merged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_lowrank.composer.layout import Lora, Text, UNet
+from vision_lowrank.composer.layout import Lora, Places, Text, UNet
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
 
@@ -66,6 +66,40 @@ class Addition:
             hidden = F.conv2d(inputs[0], self.factors[0][:, :, None, None])
             return output + F.conv2d(hidden, self.factors[1][:, :, None, None])
         return output + low_rank(inputs[0], self.factors)
+
+
+class LocalAddition:
+    """Forward hook that adds to a layer's output, at the positions of each region, what its LoRAs change there.
+
+    Where regions overlap, the mean of theirs is added.
+
+    Args:
+        places: returns where the regions are on a map of that height and width; without one, of the map that the
+            transformer works on now.
+        changes: factors of the regions; None where a region changes nothing.
+    """
+
+    def __init__(self, places: Callable[[tuple[int, int] | None], Places], changes: Sequence[Factors | None]) -> None:
+        self.places = places
+        self.changes = changes
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Returns the changed output (B, N, out), or (B, out, height, width) of a convolution of single positions."""
+        x = inputs[0]
+        if isinstance(module, nn.Conv2d):
+            size = (x.shape[-2], x.shape[-1])
+            changed: Tensor = self._add(x.flatten(2).mT, output.flatten(2).mT, size).mT.unflatten(2, size)
+            return changed
+        return self._add(x, output, None)
+
+    def _add(self, x: Tensor, output: Tensor, size: tuple[int, int] | None) -> Tensor:
+        places = self.places(size)
+        shares = places.shares.to(output.dtype)[:, None]
+        for positions, factors in zip(places.positions, self.changes, strict=True):
+            if factors is not None:
+                change = low_rank(x[:, positions], factors) * shares[positions]
+                output = output.index_add(1, positions, change.to(output.dtype))
+        return output
 
 
 def low_rank(x: Tensor, factors: Factors) -> Tensor:

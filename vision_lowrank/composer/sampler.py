@@ -20,6 +20,8 @@ class Settings:
 
     Args:
         injection: regions take their own prompts and LoRAs in cross-attention.
+        all_layers: regions take their LoRAs in all other layers of the transformers too, at their positions; the
+            paper's method leaves those out, and with them what a LoRA learned there.
         self_mask: concepts do not see each other in self-attention.
         enhancement: the loss that strengthens a concept's tokens in its box.
         fill: the loss that spreads them over the box.
@@ -32,6 +34,7 @@ class Settings:
     """
 
     injection: bool = True
+    all_layers: bool = False
     self_mask: bool = True
     enhancement: bool = True
     fill: bool = True
@@ -50,7 +53,7 @@ class Settings:
     @property
     def attention(self) -> dict[str, Any]:
         """Arguments of `regional_unet`."""
-        names = ("injection", "self_mask", "cells", "overlaps", "map_factor")
+        names = ("injection", "all_layers", "self_mask", "cells", "overlaps", "map_factor")
         return {name: getattr(self, name) for name in names}
 
 

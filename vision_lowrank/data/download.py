@@ -21,6 +21,7 @@ from rich.progress import (
 
 from vision_lowrank.data.cards import DatasetCard, FileEntry
 from vision_lowrank.data.scene import check_file
+from vision_lowrank.data.task_cards import TaskCard
 from vision_lowrank.errors import DataError, DownloadError
 
 logger = logging.getLogger(__name__)
@@ -32,25 +33,30 @@ CHUNK_BYTES = 1 << 18
 ATTEMPTS = 3
 
 
-def fetch(card: DatasetCard, root: str | Path) -> list[Path]:
+def fetch(card: DatasetCard | TaskCard, root: str | Path) -> list[Path]:
     """Makes sure that every file of a card is on disk, downloading what is missing into `root/NAME`.
 
     A file being loaded is called `FILE.part`; what is there already is not loaded again. Size and sha256 are compared
-    with the card where it states them, the size with the server's always.
+    with the card where it states them, the size with the server's always. The disk that a task needs is logged, and
+    compared with what is free, before its download starts.
 
     Returns:
         The files that were downloaded.
 
     Raises:
-        DownloadError: a file cannot be had; says which, from which page, and into which folder to put it by hand.
+        DownloadError: a file cannot be had; says which, from which page, and into which folder to put it by hand. Or
+            the disk is too small for the task.
     """
     missing = card.missing(root)
     if not missing:
         return []
     help_text = card.how_to_get(missing, root)
+    what = f"{'task' if isinstance(card, TaskCard) else 'scene'} {card.name}"
     if card.source.hub is None:
-        raise DownloadError(f"scene {card.name}: {len(missing)} files not found and none to download; {help_text}")
+        raise DownloadError(f"{what}: {len(missing)} files not found and none to download; {help_text}")
     folder = card.folders(root)[0]
+    if isinstance(card, TaskCard):
+        _check_disk(card, folder)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,14 +72,27 @@ def fetch(card: DatasetCard, root: str | Path) -> list[Path]:
                 fetched.append(_fetch_file(url, folder / entry.path, entry, progress))
             except (OSError, HTTPException) as error:
                 reason = getattr(error, "reason", None) or error
-                raise DownloadError(f"scene {card.name}: {url} cannot be loaded ({reason}); {help_text}") from error
+                raise DownloadError(f"{what}: {url} cannot be loaded ({reason}); {help_text}") from error
     return fetched
 
 
-def hub_url(card: DatasetCard, entry: FileEntry) -> str:
+def hub_url(card: DatasetCard | TaskCard, entry: FileEntry) -> str:
     """Returns the address of a file in the card's hub repository; the variable HF_ENDPOINT may name a mirror."""
     endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     return f"{endpoint}/datasets/{card.source.hub}/resolve/{card.source.revision}/{urllib.parse.quote(entry.path)}"
+
+
+def _check_disk(card: TaskCard, folder: Path) -> None:
+    """Compares what a task needs on disk, less what is there already, with what is free."""
+    there = [folder / f"{entry.path}{suffix}" for entry in card.archive.files() for suffix in ("", ".part")]
+    need = max(0, card.disk - sum(_size(path) for path in there))
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    logger.info("task %s: about %.1f GB to load into %s, %.1f GB free", card.name, need / 1e9, folder, free / 1e9)
+    if need > free:
+        raise DownloadError(
+            f"task {card.name}: needs {need} bytes, {free} free in {folder}; make room or move the root"
+        )
 
 
 def _fetch_file(url: str, target: Path, entry: FileEntry, progress: Progress) -> Path:

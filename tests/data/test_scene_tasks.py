@@ -1,0 +1,101 @@
+"""Tasks cut from a scene that is painted by the test, and from Indian Pines."""
+
+import numpy as np
+import pytest
+import yaml
+
+from vision_lowrank.data.scene_tasks import scene_task
+from vision_lowrank.errors import ConfigError, DataError
+
+SIDE, CLASSES = 48, 6
+
+
+@pytest.fixture
+def card(tmp_path):
+    """A scene in which the class of a pixel is known from its place; a frame and a hole have no label."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(1, CLASSES + 1, (SIDE // 4, SIDE // 4)).repeat(4, 0).repeat(4, 1)
+    labels[:2] = labels[20:26, 20:26] = 0
+    image = generator.normal(size=(4, SIDE, SIDE)) * np.array([1, 5, 2, 9])[:, None, None] + 3 + labels
+    np.save(tmp_path / "image.npy", image.astype(np.float32))
+    np.save(tmp_path / "labels.npy", labels)
+    colours = [f"#0000{index:02x}" for index in range(CLASSES)]
+    content = {
+        "name": "painted", "title": "painted", "sensor": "none", "licence": "none", "citation": "none", "gsd": 5.0,
+        "files": {
+            "image": [{"path": "image.npy", "axes": "channels height width"}], "labels": [{"path": "labels.npy"}],
+        },
+        "shape": {"height": SIDE, "width": SIDE, "channels": 4}, "bands": {"wavelengths": [450, 550, 650, 850]},
+        "classes": [{"name": f"c{index}", "colour": colour} for index, colour in enumerate(colours)],
+    }  # fmt: skip
+    (tmp_path / "painted.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "painted.yaml"), str(tmp_path), image.astype(np.float32), labels - 1
+
+
+def parts(data):
+    return {"train": data.train, "validation": data.validation, "test": data.test}
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_samples_are_what_the_scene_has_there(card, kind):
+    path, root, image, labels = card
+    data = scene_task(path, root, kind, side=4, seed=1, block=8, every=2)
+    assert data.wavelengths.tolist() == [450, 650]
+    assert (data.gsd, data.kind, data.classes[2]) == (5.0, kind, "c2")
+    places = data.train.corners
+    pixels = np.concatenate([image[:, r : r + 4, c : c + 4].reshape(4, -1) for r, c in places], axis=1)
+    mean, deviation = pixels.mean(1), pixels.std(1)
+    trained = set()
+    for row, column in places:
+        trained |= set(np.unique(labels[row : row + 4, column : column + 4]).tolist()) - {-1}
+    for samples in parts(data).values():
+        for index, (row, column) in enumerate(samples.corners):
+            sample = samples[index]
+            window = image[:, row : row + 4, column : column + 4]
+            expected = ((window.T - mean) / deviation).T[::2]
+            np.testing.assert_allclose(sample["image"], expected, rtol=1e-3, atol=1e-4)
+            truth = labels[row : row + 4, column : column + 4]
+            if kind == "classification":
+                known = truth[truth >= 0]
+                assert known.size >= 8
+                assert int(sample["label"]) == np.bincount(known).argmax()
+            else:
+                expected = np.where(np.isin(truth, sorted(trained)), truth, 255)
+                assert np.array_equal(sample["mask"], expected)
+                assert (expected != 255).any()
+
+
+def test_whole_blocks_go_to_one_subset(card):
+    path, root, *_ = card
+    data = scene_task(path, root, "classification", side=4, seed=1, block=16)
+    owners = [set(map(tuple, samples.corners // 16)) for samples in parts(data).values()]
+    assert sum(map(len, owners)) == len(set.union(*owners))
+    counts = [len(samples) for samples in parts(data).values()]
+    assert 0.35 < counts[0] / sum(counts) < 0.65
+    for samples in parts(data).values():
+        assert len(set(samples.groups)) == len(set(map(tuple, samples.corners // 16)))
+    again, other = (scene_task(path, root, "classification", side=4, seed=seed, block=16) for seed in (1, 2))
+    assert np.array_equal(again.train.corners, data.train.corners)
+    assert again.fingerprint == data.fingerprint != other.fingerprint
+    assert not np.array_equal(other.train.corners, data.train.corners)
+
+
+def test_what_cannot_be_divided_is_refused(card):
+    path, root, *_ = card
+    with pytest.raises(ConfigError, match="side=5, block=16"):
+        scene_task(path, root, "classification", side=5, seed=0)
+    with pytest.raises(ConfigError, match="leave nothing"):
+        scene_task(path, root, "classification", side=4, seed=0, shares=(0.9, 0.1))
+    with pytest.raises(DataError, match="none of 1000 divisions of 1 blocks"):
+        scene_task(path, root, "classification", side=4, seed=0, block=48)
+    with pytest.raises(DataError, match="no labelled tile of 64 x 64"):
+        scene_task(path, root, "classification", side=64, seed=0, block=64)
+
+
+def test_indian_pines_has_room_for_both():
+    tiles = scene_task("indian_pines", "data", "classification", side=4, seed=0)
+    maps = scene_task("indian_pines", "data", "segmentation", side=16, seed=0)
+    assert min(len(samples) for samples in parts(tiles).values()) > 60
+    assert min(len(samples) for samples in parts(maps).values()) > 8
+    assert tiles.train[0]["image"].shape == (200, 4, 4)
+    assert maps.train[0]["image"].shape == (200, 16, 16)

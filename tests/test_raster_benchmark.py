@@ -1,0 +1,153 @@
+"""Encoders on small tasks: rows against scikit-learn, resuming, other bands, options that cannot work."""
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from sklearn.neighbors import KNeighborsClassifier
+
+from vision_lowrank.data.scene_tasks import scene_task
+from vision_lowrank.errors import ConfigError
+from vision_lowrank.evaluation.benchmark_rows import read_rows
+from vision_lowrank.raster_benchmark import run_raster_benchmark
+from vision_lowrank.results import main
+
+SIDE, CLASSES = 48, 6
+LESS = (
+    "{_target_: vision_lowrank.models.encoders.LessEncoder, weights: null, "
+    "model: {_target_: vision_lowrank.models.less_vit.LessViT, embed_dim: 32, depth: 1, num_heads: 4, patch_size: 2, "
+    "radar: false}}"
+)
+QUICK = [
+    "benchmark.seeds=[0]",
+    "benchmark.protocols.linear.epochs=2",
+    "benchmark.protocols.finetune.epochs=2",
+    "benchmark.protocols.adapter.epochs=1",
+    "benchmark.protocols.adapter.learning_rates=[0.01]",
+    f"benchmark.encoders.less_vit={LESS}",
+    "~benchmark.encoders.timm_vit",
+    "precision=32-true",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    """A scene whose classes differ by their mean spectra."""
+    folder = tmp_path_factory.mktemp("scene")
+    generator = np.random.default_rng(0)
+    labels = generator.integers(1, CLASSES + 1, (SIDE // 4, SIDE // 4)).repeat(4, 0).repeat(4, 1)
+    spectra = generator.normal(size=(8, CLASSES + 1))
+    image = spectra[:, labels] + 0.7 * generator.normal(size=(8, SIDE, SIDE))
+    np.save(folder / "image.npy", image.astype(np.float32))
+    np.save(folder / "labels.npy", labels)
+    content = {
+        "name": "painted", "title": "painted", "sensor": "none", "licence": "none", "citation": "none", "gsd": 5.0,
+        "files": {
+            "image": [{"path": "image.npy", "axes": "channels height width"}], "labels": [{"path": "labels.npy"}],
+        },
+        "shape": {"height": SIDE, "width": SIDE, "channels": 8},
+        "bands": {"wavelengths": [450, 550, 650, 850, 950, 1200, 1600, 2200]},
+        "classes": [{"name": f"c{index}", "colour": f"#0000{index:02x}"} for index in range(CLASSES)],
+    }  # fmt: skip
+    (folder / "painted.yaml").write_text(yaml.safe_dump(content))
+    return folder / "painted.yaml"
+
+
+@pytest.fixture
+def configure(card, tmp_path, repository):
+    def make(*overrides):
+        scene = [
+            f"tasks.{name}.{key}={value}"
+            for name in ("classification", "segmentation")
+            for key, value in (("card", card), ("root", card.parent), ("every", 1))
+        ]
+        with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+            return compose(
+                "evaluate",
+                ["benchmark=mini", f"runs_root={tmp_path}", *scene, "tasks.segmentation.side=8", *QUICK, *overrides],
+            )
+
+    return make
+
+
+def test_all_protocols_are_measured_and_a_run_resumes(configure, card, capsys):
+    folder = run_raster_benchmark(configure())
+    rows = read_rows(folder / "results.csv")
+    measured = {(row.task, row.protocol, row.encoder) for row in rows}
+    frozen, trained = ["knn-5", "knn-20", "linear"], ["finetune", "adapter"]
+    tasks = ["painted_classification", "painted_segmentation"]
+    less, statistics = "less_vit 32 x 1 (random)", next(row.encoder for row in rows if row.weights == "none")
+    expected = {(task, protocol, less) for task in tasks for protocol in frozen + trained}
+    assert measured == expected | {(task, protocol, statistics) for task in tasks for protocol in frozen}
+    for row in rows:
+        assert row.low <= row.value <= row.high
+        assert (row.weights == "random") == (row.encoder == less)
+        assert (row.trainable_parameters == 0) == row.protocol.startswith("knn")
+    table = (folder / "table.md").read_text()
+    assert len(table.splitlines()) == len(rows) + 2
+    assert (folder / "cost.png").stat().st_size > 10_000
+
+    # the row of neighbours on statistics of bands, with nothing of ours but the tiles
+    data = scene_task(str(card), str(card.parent), "classification", side=4, seed=0)
+
+    def described(samples):
+        tiles = np.stack([samples[index]["image"].numpy().reshape(8, -1) for index in range(len(samples))])
+        parts = (tiles.mean(2), tiles.std(2), tiles.min(2), tiles.max(2))
+        return np.concatenate(parts, axis=1), [int(samples[index]["label"]) for index in range(len(samples))]
+
+    train, test = described(data.train), described(data.test)
+    found = KNeighborsClassifier(5, metric="cosine", weights=lambda distance: 1 + 1e-6 / (1 + distance)).fit(*train)
+    (row,) = [row for row in rows if row.key[:3] == (tasks[0], "knn-5", statistics)]
+    assert abs(row.value - np.mean(found.predict(test[0]) == np.array(test[1]))) < 2 / len(test[1])
+
+    lines = (folder / "results.csv").read_bytes().splitlines(keepends=True)
+    gone = [lines[2], lines[-1]]
+    (folder / "results.csv").write_bytes(b"".join(line for line in lines if line not in gone))
+    run_raster_benchmark(configure(f"resume={folder}"))
+    again = {row.key: row.value for row in read_rows(folder / "results.csv")}
+    assert again == {row.key: row.value for row in rows}
+
+    capsys.readouterr()
+    assert main([str(folder / "results.csv"), "--out", str(folder / "second")]) == 0
+    assert (folder / "second" / "table.md").read_text() == table
+    assert main([str(folder / "nothing.csv")]) == 2
+    assert "nothing.csv: not found" in capsys.readouterr().err
+
+
+def test_other_bands_are_tested_without_training_on_them(configure):
+    config = configure(
+        "benchmark.bands={train: [400, 1000], test: [[1000, 2500], [400, 2500]]}", "~benchmark.encoders.band_statistics"
+    )
+    rows = read_rows(run_raster_benchmark(config) / "results.csv")
+    assert {row.split for row in rows} == {
+        "blocks, 400-1000 nm only", "blocks, 400-1000 nm to 1000-2500 nm", "blocks, 400-1000 nm to 400-2500 nm",
+    }  # fmt: skip
+    by_split = {}
+    for row in rows:
+        by_split.setdefault(row.split, set()).add((row.task, row.protocol))
+    assert len(set(map(frozenset, by_split.values()))) == 1
+    for protocol in ("finetune", "linear"):
+        values = {
+            row.split: row.value for row in rows if (row.task, row.protocol) == ("painted_classification", protocol)
+        }
+        assert len(values) == 3
+        assert len(set(values.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("benchmark.protocols.zero={}", "protocols has zero"),
+        ("benchmark.seeds=[]", "at least one entry"),
+        ("weights=somewhere", "has none to load"),
+        ("benchmark.fractions=[0.1]", "task classification has none"),
+        ("benchmark.bands={train: [400, 1000], test: [[1000, 2500]]}", "features of images"),
+        ("benchmark.bands={train: [2300, 2500], test: []}", "no channel from 2300 to 2500"),
+    ],
+)
+def test_what_cannot_work_ends_before_work(configure, tmp_path, override, message):
+    prefix = "+" if "zero" in override else ""
+    with pytest.raises(ConfigError, match=message):
+        run_raster_benchmark(configure(prefix + override))
+    assert not (tmp_path / "mini").exists()

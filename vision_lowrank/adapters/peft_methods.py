@@ -1,0 +1,317 @@
+"""Methods that peft has, each under one name, for any torch module and with the same targets as our own adapters.
+
+| name         | what it is                                                    | source                      |
+| :----------- | :------------------------------------------------------------ | :-------------------------- |
+| `lora`       | W + s B A                                                     | arXiv 2106.09685            |
+| `rslora`     | LoRA with s = alpha / sqrt(rank)                              | arXiv 2312.03732            |
+| `dora`       | direction by LoRA, length of each row trained apart           | arXiv 2402.09353            |
+| `pissa`      | LoRA that starts at the leading singular vectors of W         | arXiv 2404.02948            |
+| `olora`      | LoRA that starts at the QR decomposition of W                 | arXiv 2406.01775            |
+| `eva`        | LoRA whose A starts at principal components of the inputs     | arXiv 2410.07170            |
+| `orthogonal` | LoRA whose product starts at zero with neither factor zero    | peft's LoraConfig           |
+| `randlora`   | full-rank sum of random bases, their diagonals trained        | arXiv 2502.00987            |
+| `vera`       | shared random factors, two vectors trained                    | arXiv 2310.11454            |
+| `miss`       | one matrix shared by all blocks of inputs                     | arXiv 2409.15371            |
+| `bat`        | block affine update of W, of the same paper (Bone)            | arXiv 2409.15371            |
+| `loha`       | elementwise product of two low-rank products                  | 2108.06098, 2309.14859      |
+| `lokr`       | Kronecker product of a matrix and a low-rank product          | arXiv 2309.14859            |
+| `hira`       | W times a low-rank product, element by element                | ICLR 2025, TwJrTz9cRS       |
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
+from vision_lowrank.adapters.methods import check_alpha, check_rank
+from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, walk
+from vision_lowrank.errors import AdapterError
+
+if TYPE_CHECKING:  # peft brings transformers with it, which takes seconds to import
+    from peft import PeftModel
+
+# a layer may get up to this many times the rank, the average stays (arXiv 2410.07170, rho)
+_EVA_SPREAD = 2
+
+# what of a convolution is usual, as far as a tuner may compute as if it were so
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "groups": (1,),
+    "padding_mode": ("zeros",),
+    "dilation": ((1,), (1, 1), (1, 1, 1)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftMethod:
+    """What a name stands for in peft.
+
+    Attributes:
+        config: class of the configuration.
+        settings: our names of settings, with peft's.
+        fixed: settings of peft that make the method.
+        layers: kinds of layers it is right on.
+        unread: attributes of a convolution that its computation leaves out.
+        scale: alpha / rank where no alpha is given, from peft's defaults.
+        rank_rule: what the rank has to be, in words, and as a function of rank, outputs and inputs of a layer.
+    """
+
+    config: str
+    settings: Mapping[str, str]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layers: tuple[type[nn.Module], ...] = (nn.Linear,)
+    unread: tuple[str, ...] = ()
+    scale: int = 1
+    rank_rule: tuple[str, Callable[[int, int, int], bool]] = ("", lambda rank, outputs, inputs: True)
+
+
+def _lora(**changes: Any) -> PeftMethod:
+    everywhere = PeftMethod(
+        "LoraConfig",
+        {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        layers=(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        unread=("groups", "padding_mode", "dilation"),
+    )
+    return dataclasses.replace(everywhere, **changes)
+
+
+def _lora_on_linear(start: str, *rank_rule: Any) -> PeftMethod:
+    return _lora(fixed={"init_lora_weights": start}, layers=(nn.Linear,), rank_rule=rank_rule)
+
+
+_OF_WEIGHT = ("at most the smaller side of the weight", lambda rank, outputs, inputs: rank <= min(outputs, inputs))
+_KERNELS_TO_2D = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+PEFT_METHODS: Mapping[str, PeftMethod] = {
+    "lora": _lora(),
+    "rslora": _lora(fixed={"use_rslora": True}),
+    "dora": _lora(fixed={"use_dora": True}),
+    "pissa": _lora_on_linear("pissa", *_OF_WEIGHT),
+    "olora": _lora_on_linear("olora", *_OF_WEIGHT),
+    "eva": _lora_on_linear(
+        "eva", "at most half the inputs", lambda rank, outputs, inputs: _EVA_SPREAD * rank <= inputs
+    ),
+    "orthogonal": _lora_on_linear("orthogonal", "even", lambda rank, outputs, inputs: rank % 2 == 0),
+    "randlora": PeftMethod(
+        "RandLoraConfig",
+        {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout", "seed": "projection_prng_key"},
+        scale=20,
+    ),
+    "vera": PeftMethod("VeraConfig", {"rank": "r", "dropout": "vera_dropout", "seed": "projection_prng_key"}),
+    "miss": PeftMethod(
+        "MissConfig",
+        {"rank": "r", "dropout": "miss_dropout"},
+        rank_rule=("at most the inputs", lambda rank, outputs, inputs: rank <= inputs),
+    ),
+    "bat": PeftMethod(
+        "MissConfig",
+        {"rank": "r"},
+        {"init_weights": "bat"},
+        rank_rule=(
+            "a divisor of outputs and inputs",
+            lambda rank, outputs, inputs: outputs % rank == inputs % rank == 0,
+        ),
+    ),
+    "loha": PeftMethod("LoHaConfig", {"rank": "r", "alpha": "alpha"}, layers=_KERNELS_TO_2D, unread=("padding_mode",)),
+    "lokr": PeftMethod(
+        "LoKrConfig",
+        {"rank": "r", "alpha": "alpha", "factor": "decompose_factor"},
+        layers=_KERNELS_TO_2D,
+        unread=("padding_mode",),
+    ),
+    "hira": PeftMethod(
+        "HiraConfig",
+        {"rank": "r", "dropout": "hira_dropout"},
+        layers=(*_KERNELS_TO_2D, nn.Conv3d),
+        unread=("groups", "padding_mode"),
+    ),
+}
+
+
+def inject_peft(
+    model: nn.Module,
+    name: str,
+    targets: Targets,
+    *,
+    rank: int,
+    train: Targets = (),
+    inputs: Iterable[Tensor | Sequence[Tensor]] = (),
+    **settings: Any,
+) -> "PeftModel":
+    """Puts a method of peft on every targeted layer, in place, and freezes everything else.
+
+    The outcome is peft's: `merge_and_unload()` gives the plain module, `save_pretrained(folder)` writes peft's folder
+    and `peft.PeftModel.from_pretrained(base, folder)` reads it. At start the model computes what it did, to rounding.
+    `pissa` and `olora` move part of the base weights into the adapter: without it the base is another model.
+
+    Args:
+        model: any module without adapters.
+        name: one of `PEFT_METHODS`.
+        targets: layers, see `targets.find_targets`.
+        rank: the method's rank; for `miss` and `bat` the side of a block.
+        train: modules to train beside the adapters and to save with them, such as the head; named as targets are.
+        inputs: batches of the model's input, (batch, channels, height, width), or of its inputs in order; they must
+            have a length. Only `eva` reads them.
+        settings: `alpha` (numerator of the scale; by default the rank, for `randlora` 20 times the rank), `dropout`
+            (probability for a value of the adapter's input), `seed` (of random bases) and `factor` (of `lokr`), where
+            the method has them.
+
+    Returns:
+        The peft model around `model`.
+
+    Raises:
+        AdapterError: an unknown name or setting, a value out of range, targets that match nothing or that the method
+            cannot take, or a model that has adapters already. The model is then as it was.
+    """
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuner = _find_tuner(name)
+    options = _options(name, tuner, rank, settings)
+    if any(isinstance(module, AdaptedLayer | BaseTunerLayer) for module in model.modules()):
+        raise AdapterError("the model has adapters already, and peft would freeze them: merge or remove them first")
+    if not hasattr(peft, tuner.config):
+        raise AdapterError(f"peft {peft.__version__} has no {tuner.config}, which {name} needs: install a newer peft")
+
+    paths = find_targets(model, targets)
+    for path, layer in check_layers(model, paths).items():
+        _check_layer(name, tuner, rank, path, layer)
+    heads = find_modules(model, train)
+    _check_heads(model, paths, heads)
+    if name == "eva":
+        _check_rows(model, paths, inputs, rank)
+        options["eva_config"] = peft.EvaConfig(rho=_EVA_SPREAD)
+    config = getattr(peft, tuner.config)(
+        # a pattern of whole names, since peft takes the names in a list as ends of names
+        target_modules="|".join(re.escape(path) for path in paths),
+        modules_to_save=heads or None,
+        **tuner.fixed,
+        **options,
+    )
+    training = model.training
+    # the factors of eva have no values until they get those of the components
+    adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=name == "eva")
+    if name == "eva":
+        peft.initialize_lora_eva_weights(
+            adapted,
+            inputs,
+            forward_fn=_forward,
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=_rows,
+            show_progress_bar=False,
+        )
+    return adapted.train(training)
+
+
+def _find_tuner(name: str) -> PeftMethod:
+    if name not in PEFT_METHODS:
+        near = difflib.get_close_matches(name, PEFT_METHODS, n=3, cutoff=0.5) or list(PEFT_METHODS)
+        raise AdapterError(f"unknown method {name!r} of peft; near names: {', '.join(near)}")
+    return PEFT_METHODS[name]
+
+
+def _options(name: str, tuner: PeftMethod, rank: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings under peft's names."""
+    for key in settings:
+        if key not in tuner.settings:
+            raise AdapterError(f"{name} has no setting {key!r}; it has {', '.join(tuner.settings)}")
+    check_rank("rank", rank)
+    check_rank("factor", settings.get("factor", 1))
+    check_alpha(settings.get("alpha", rank))
+    if not 0.0 <= settings.get("dropout", 0.0) < 1.0:
+        raise AdapterError(f"{name} dropout={settings['dropout']!r}: give a probability from 0 up to, but not, 1")
+    chosen = {"rank": rank, **settings}
+    if "alpha" in tuner.settings:
+        chosen.setdefault("alpha", tuner.scale * rank)
+    return {tuner.settings[key]: value for key, value in chosen.items()}
+
+
+def _check_layer(name: str, tuner: PeftMethod, rank: int, path: str, layer: BaseLayer) -> None:
+    """Refuses what peft computes wrongly, cannot merge, or stops at with the model half changed.
+
+    Raises:
+        AdapterError: the layer's kind, one of its attributes, or the rank on it.
+    """
+    remedy = "leave it out of the targets, or use adapters.inject with a method that takes it, such as LoRA"
+    if not isinstance(layer, tuner.layers):
+        kinds = ", ".join(kind.__name__ for kind in tuner.layers)
+        raise AdapterError(f"layer {path!r} is a {type(layer).__name__}, {name} of peft is for {kinds}: {remedy}")
+    if not isinstance(layer, nn.Linear):
+        for what in tuner.unread:
+            if (value := getattr(layer, what)) not in _USUAL[what]:
+                raise AdapterError(f"layer {path!r} has {what}={value!r}, which {name} of peft leaves out: {remedy}")
+    if isinstance(layer, nn.Conv3d) and layer.kernel_size[:2] == (1, 1):
+        # its special case for 1 x 1 kernels looks at the first two sides only
+        raise AdapterError(f"layer {path!r} has the kernel {layer.kernel_size}, which peft cannot merge: {remedy}")
+    words, fits = tuner.rank_rule
+    outputs, inputs = layer.weight.shape[:2]
+    if not fits(rank, outputs, inputs):
+        raise AdapterError(
+            f"{name} rank={rank} on layer {path!r} with {outputs} outputs and {inputs} inputs: it has to be {words}"
+        )
+
+
+def _check_heads(model: nn.Module, paths: Sequence[str], heads: Sequence[str]) -> None:
+    """Refuses modules to train where peft, which compares ends of names, would take more or drop targets."""
+    for head in heads:
+        for path in paths:
+            if f".{head}." in f".{path}.":
+                raise AdapterError(
+                    f"module {head!r} is to be trained as a whole, but peft would then leave out the target {path!r}: "
+                    "take one of the two out"
+                )
+        for path, _ in walk(model):
+            if path.endswith(head) and path not in heads:
+                raise AdapterError(
+                    f"peft would train {path!r} with {head!r}, since its name ends so: train both, or use "
+                    "adapters.inject"
+                )
+
+
+def _check_rows(model: nn.Module, paths: Sequence[str], inputs: Iterable[Any], rank: int) -> None:
+    """Refuses batches through which peft would go for ever, as it does where a layer gets fewer rows than components.
+
+    Raises:
+        AdapterError: there is no batch, or the first one is too small for a layer.
+    """
+    batch = next(iter(inputs), None) if isinstance(inputs, Sized) else None
+    if batch is None:
+        raise AdapterError(
+            "eva starts at the principal components of each layer's inputs: give batches as inputs=..., in a list or a "
+            "DataLoader"
+        )
+    counts = dict.fromkeys(paths, 0)
+
+    def count(path: str, _: nn.Module, layer_input: tuple[Tensor, ...]) -> None:
+        counts[path] = len(_rows(layer_input))
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(partial(count, path)) for path in paths]
+    training = model.training
+    try:
+        with torch.no_grad():
+            _forward(model.eval(), batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for path, rows in counts.items():
+        if rows < _EVA_SPREAD * rank:
+            raise AdapterError(
+                f"eva: a batch of inputs brings {rows} rows to layer {path!r}, and rank {rank} needs "
+                f"{_EVA_SPREAD * rank}: give larger batches, or take a lower rank"
+            )
+
+
+def _forward(model: nn.Module, batch: Tensor | Sequence[Tensor]) -> Any:
+    device = next(model.parameters()).device
+    return model(*(tensor.to(device) for tensor in ([batch] if isinstance(batch, Tensor) else batch)))
+
+
+def _rows(layer_input: tuple[Tensor, ...], *_: Any) -> Tensor:
+    """Returns what a linear layer gets as a matrix, one row a token."""
+    return layer_input[0].reshape(-1, layer_input[0].shape[-1]).contiguous()
