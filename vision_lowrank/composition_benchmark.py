@@ -90,10 +90,10 @@ def scene_content(scene: Drawn, world: Path, settings: Mapping[str, Any], steps:
     regions = [
         {
             "box": {"left": left, "top": top, "right": right, "bottom": bottom},
-            "prompt": f"{concept_words(name)} {BACKGROUNDS[scene.background]}",
+            "prompt": write_caption([item], scene.background, places=True, call=concept_words),
             "loras": [str(world / "loras" / f"{name}.safetensors")],
         }
-        for name, (top, left, bottom, right) in scene.asked
+        for item, (name, (top, left, bottom, right)) in zip(scene.placed, scene.asked, strict=True)
     ]
     joined = write_caption(scene.placed, scene.background, places=True, call=concept_words)
     if len(joined.replace(",", " ,").split()) > LONGEST:

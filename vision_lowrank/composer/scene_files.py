@@ -21,7 +21,7 @@ from vision_lowrank.composer.text import Encoded, encode
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import nearest, read_record
 
-SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scene"
+SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 
 
 @dataclass(frozen=True)
