@@ -1,9 +1,11 @@
 """What several test modules share."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from local_hub import Hub, HubHandler, HubServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -26,3 +28,28 @@ def shared_path() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """What the hub serves that downloads of the test go to."""
+    server = HubServer(("127.0.0.1", 0), HubHandler)
+    server.hub = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "*")
+    yield server.hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Points downloads to a port where nobody listens; returns its address."""
+    server = HubServer(("127.0.0.1", 0), HubHandler)
+    server.server_close()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "*")
+    return f"http://127.0.0.1:{server.server_port}"

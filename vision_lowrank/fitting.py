@@ -2,30 +2,41 @@
 
 import json
 import logging
-import pickle
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig
 from torch import nn
 
-from vision_lowrank.adapters import count_parameters, freeze_except, inject, save_adapter
+from vision_lowrank.adapters import freeze_except
+from vision_lowrank.adapters.lora_plus import lora_plus_groups
+from vision_lowrank.checkpoints import Patience, Resumption, WholeFiles, checkpoints, read_checkpoint
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
+from vision_lowrank.loss_watch import LossWatch
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.less_vit import LessViT
 from vision_lowrank.reporting import save_training_curves
-from vision_lowrank.runs import process_rank, write_csv
+from vision_lowrank.runs import atomic_folder, process_rank, write_csv
+from vision_lowrank.tasks.adapter_training import (
+    AdapterTraining,
+    Batches,
+    PeftAdapter,
+    count_trained,
+    first_batches,
+    put_adapters,
+    save_adapters,
+)
 from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
 from vision_lowrank.tasks.scene_classification import CHOICE, SceneClassification
 
@@ -53,85 +64,98 @@ def fit_network(
     Raises:
         VisionLowRankError: see `training.train`.
     """
-    model, transductive = _prepare_model(config, data, folder, checkpoint is not None, precision)
+    trained = train_network(config, data, folder, checkpoint is not None, precision)
+    if trained is None:
+        return {}, {}
+    started = time.perf_counter()
+    probabilities = trained.predict(data, precision)
+    return probabilities, {**trained.facts, "map_seconds": time.perf_counter() - started}
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network with the weights of its best epoch on the validation pixels.
+
+    Attributes:
+        task: holds the network.
+        facts: for `metrics.json`.
+        device: where it was trained.
+    """
+
+    task: SceneClassification
+    facts: dict[str, Any]
+    device: str
+
+    def predict(self, data: SceneDataModule, precision: str) -> dict[str, np.ndarray]:
+        """Returns probabilities as `fit_network` does."""
+        return {
+            name: data.assemble(predict_probabilities(self.task, loader, precision, self.device).numpy())
+            for name, loader in data.predict_dataloaders().items()
+        }
+
+
+def train_network(
+    config: DictConfig, data: SceneDataModule, folder: Path, resumed: bool, precision: str
+) -> Trained | None:
+    """Does the work of `fit_network` up to the map.
+
+    Args:
+        config: as for `fit_network`, like `data`, `folder` and `precision`.
+        data: see there.
+        folder: see there.
+        resumed: whether to go on from `config.ckpt_path`.
+        precision: see there.
+
+    Returns:
+        None on ranks other than 0.
+
+    Raises:
+        VisionLowRankError: see `training.train`.
+    """
+    adapted = config.regime == "adapt"
+    hooks = [AdapterTraining(**config.adapter.training)] if adapted else []
+    model, transductive = _prepare_model(config, data, folder, resumed, precision)
     facts: dict[str, Any] = {"transductive": transductive}
     task = _make_task(config, data, model)
     best, last = checkpoints(folder, CHOICE, "max")
     # while a cycle begins anew validation at full strength says little, for longer than any patience
-    patience = config.trainer.max_epochs if config.regime == "adapt" else config.patience
-    trainer = make_trainer(config, precision, [best, last, EarlyStopping(CHOICE, patience=patience, mode="max")])
+    patience = config.trainer.max_epochs if adapted else config.patience
+    trainer = make_trainer(config, precision, [best, last, Patience(CHOICE, patience=patience, mode="max"), *hooks])
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if process_rank() > 0:
-        return {}, {}
+        return None
     facts["training_seconds"] = time.perf_counter() - started
     task.load_state_dict(read_checkpoint(best.best_model_path, "strength")["state_dict"])
     kept = max(task.history, key=lambda row: row[CHOICE])
-    facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"]}
-    count = count_parameters(model)
+    facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"], "validation_oa": kept["val/OA"]}
+    count = count_trained(model)
     facts["parameters"] = {
         "base": count.base, "adapter": count.adapter, "head": count.head, "trainable": count.trainable,
         "trainable_share": count.trainable / count.total,
     }  # fmt: skip
     write_csv(folder / "history.csv", task.history)
     save_training_curves(folder / "curves.png", task.history, kept["epoch"])
-    if config.regime == "adapt":
-        save_adapter(model, folder / "adapter")
+    if adapted:
+        save_adapters(model, folder / "adapter")
     else:
-        model.save_pretrained(folder / "model")
-    started = time.perf_counter()
-    device = str(trainer.strategy.root_device)
-    probabilities = {
-        name: data.assemble(predict_probabilities(task, loader, precision, device).numpy())
-        for name, loader in data.predict_dataloaders().items()
-    }
-    facts["map_seconds"] = time.perf_counter() - started
-    return probabilities, facts
+        with atomic_folder(folder / "model") as temporary:
+            model.save_pretrained(temporary)
+    return Trained(task, facts, str(trainer.strategy.root_device))
 
 
-def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """Returns what writes `checkpoints/best.ckpt`, by a metric that is to be "min" or "max", and `last.ckpt`."""
-    # Lightning's own `save_last` leaves out epochs that are not among the best
-    chosen: tuple[tuple[str, str | None], ...] = (("best", monitor), ("last", None))
-    best, last = (
-        # at the end of the whole epoch, so that the history in the file holds it
-        ModelCheckpoint(
-            *(folder / "checkpoints", name, metric),
-            mode=mode,
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
-        for name, metric in chosen
-    )
-    return best, last
-
-
-def read_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
-    """Reads a Lightning checkpoint of ours; nothing in it is executed.
-
-    Args:
-        path: file.
-        needed: entries that tell which task it is of.
+def restore_network(config: DictConfig, data: SceneDataModule, folder: Path) -> Trained:
+    """Returns what `train_network` had trained, from its folder, on the CPU.
 
     Raises:
-        CheckpointError: it is missing or damaged, holds code, or is of another task.
+        CheckpointError: the folder holds no such training.
     """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {path}: not found; give a run's checkpoints/last.ckpt") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"checkpoint {path}: damaged, or holds objects other than tensors and numbers, which could be code; it is "
-            "not loaded: take the last.ckpt of a run of this project"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"checkpoint {path}: damaged ({error}); take an older one or start anew") from error
-    if not isinstance(content, dict) or not {"state_dict", "history", *needed} <= content.keys():
-        raise CheckpointError(f"checkpoint {path}: not of this task; give the checkpoints/last.ckpt of a run of it")
-    return content
+    model, _ = _prepare_model(config, data, folder, True, "")
+    task = _make_task(config, data, model)
+    task.load_state_dict(read_checkpoint(folder / "checkpoints" / "best.ckpt", "strength")["state_dict"])
+    return Trained(task, {}, "cpu")
 
 
 def _prepare_model(
@@ -141,26 +165,61 @@ def _prepare_model(
     adapted = config.regime == "adapt"
     transductive = _saw_scene(data, Path(config.base)) if config.base is not None else adapted
     if adapted and resumed:
-        model = _load_base(config, data, folder / "model")
+        model = load_base(config, data, folder / "model")
     else:
         if config.base is not None:
             _check_base(data, Path(config.base))
-            model = _load_base(config, data, Path(config.base))
+            model = load_base(config, data, Path(config.base))
+        elif adapted:
+            rehearse(config, data)
+            model = pretrain(config, data, folder, precision)
         else:
-            model = _pretrain(config, data, folder, precision) if adapted else _build(config, data)
+            model = build(config, data)
         model.reset_classifier(data.num_classes)
     if adapted:
         if not resumed:
-            model.save_pretrained(folder / "model")
-        inject(
-            model, list(config.adapter.targets), instantiate(config.adapter.method), train=list(config.adapter.train)
-        )
+            with atomic_folder(folder / "model") as temporary:
+                model.save_pretrained(temporary)
+        model = adapt(config, data, model)
     elif config.regime == "probe":
         freeze_except(model, list(config.adapter.train))
     return model, transductive
 
 
-def _build(config: DictConfig, data: SceneDataModule) -> Any:
+def adapt(config: DictConfig, data: SceneDataModule, model: Any) -> Any:
+    """Puts the configured adapters on a model and returns what is to be trained.
+
+    Raises:
+        VisionLowRankError: the settings contradict each other or do not fit the model.
+    """
+    method = instantiate(config.adapter.method)
+    if isinstance(method, PeftAdapter) and config.adapter.cycles is not None:
+        raise ConfigError(f"adapter.cycles move the strength of our own adapters: set them to null for {method.name}")
+
+    targets, train = list(config.adapter.targets), list(config.adapter.train)
+    return put_adapters(model, method, targets, train, lambda: training_batches(config, data))
+
+
+def training_batches(config: DictConfig, data: SceneDataModule) -> Batches:
+    """Returns the training samples that some adapters look at before training, see `put_adapters`."""
+    return first_batches(data.train_dataloader(), config.task.get("inputs", ["image"]), config.adapter.samples)
+
+
+def rehearse(config: DictConfig, data: SceneDataModule) -> None:
+    """Adapts a model that is thrown away, so that what does not fit is told before hours of pretraining.
+
+    Raises:
+        VisionLowRankError: as `adapt`, or the settings of training do not fit the adapters.
+    """
+    with torch.random.fork_rng():
+        model = adapt(config, data, build(config, data))
+        AdapterTraining(**config.adapter.training).check(model)
+        if config.adapter.rate_ratio is not None:
+            lora_plus_groups(model, config.adapter.learning_rate, config.adapter.rate_ratio)
+
+
+def build(config: DictConfig, data: SceneDataModule) -> Any:
+    """Returns the configured model for the data, with random weights."""
     model: Any = instantiate(config.model, **data.model_arguments())
     return model
 
@@ -191,9 +250,14 @@ def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
     return not set(seen).isdisjoint(data.scene.hashes.values())
 
 
-def _load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
-    """Returns the base in `folder` after comparing it with the configuration."""
-    model = _build(config, data)
+def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
+    """Returns the base in `folder` after comparing it with the configuration.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ConfigError: it is of another size.
+    """
+    model = build(config, data)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"base {folder}: no config.json there; give the `model` folder of a run, or the `encoder` of a pretraining"
@@ -224,10 +288,12 @@ def _load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     return base
 
 
-def _pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> Any:
-    """Returns a base that learned to reconstruct the scene, its test pixels included, without labels."""
-    logger.info("pretraining on all %d pixels of the scene, without labels: transductive", data.scene.valid.sum())
-    model = _build(config, data)
+def pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> Any:
+    """Returns a base that learned to reconstruct `data.pretraining_pixels()` without labels."""
+    pixels = data.pretraining_pixels()
+    seen = "transductive" if np.isin(data.split.test, pixels).any() else "no test pixel among them"
+    logger.info("pretraining on %d pixels of the scene, without labels: %s", pixels.size, seen)
+    model = build(config, data)
     task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
     trainer = make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
     trainer.fit(task, data.pretrain_dataloader(trainer.world_size))
@@ -241,7 +307,9 @@ def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> S
     counts = data.training_counts()
     options: dict[str, Any] = {"model": model, "class_counts": counts.tolist()}
     if config.regime == "adapt":
-        options |= {"cycles": dict(config.adapter.cycles), "learning_rate": config.adapter.learning_rate}
+        cycles = config.adapter.cycles
+        options |= {"cycles": None if cycles is None else dict(cycles), "rate_ratio": config.adapter.rate_ratio}
+        options |= {"learning_rate": config.adapter.learning_rate}
     task: SceneClassification = instantiate(config.task, **options)
     return task
 
@@ -251,7 +319,8 @@ def make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callbac
     trainer: L.Trainer = instantiate(
         config.trainer,
         precision=precision,
-        callbacks=[*callbacks, RichProgressBar(leave=False)],
+        callbacks=[*callbacks, Resumption(), LossWatch(), RichProgressBar(leave=False)],
+        plugins=[WholeFiles()],
         logger=False,
         enable_model_summary=False,
         enable_checkpointing=bool(callbacks),

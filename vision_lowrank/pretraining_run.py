@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vision_lowrank.checkpoints import checkpoints, read_checkpoint
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.tile_module import TileDataModule
 from vision_lowrank.errors import CheckpointError
@@ -27,14 +28,14 @@ from vision_lowrank.evaluation.reconstruction import (
     squared_errors,
 )
 from vision_lowrank.evaluation.tables import summarise
-from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
+from vision_lowrank.fitting import make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.hyper_mae import Reconstruction
 from vision_lowrank.models.less_vit import assemble
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.plots.reconstructions import save_reconstructions, save_spectra
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_folder, process_rank, start_run, write_csv, write_json
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     if not best.best_model_path:
         raise CheckpointError("no epoch was finished, so there are no weights to keep; raise trainer.max_epochs")
     task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
-    task.model.encoder.save_pretrained(folder / "encoder")
+    with atomic_folder(folder / "encoder") as temporary:
+        task.model.encoder.save_pretrained(temporary)
     write_csv(folder / "history.csv", task.history)
     _save_curves(folder / "curves.png", task.history)
     errors = evaluate_reconstruction(task.eval(), data, precision, folder)

@@ -3,6 +3,7 @@
 Whatever is chosen is chosen on validation samples; the test samples are predicted once, after that.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -15,11 +16,9 @@ import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from vision_lowrank.data.download import fetch
-from vision_lowrank.data.image_tasks import TaskData, open_task
-from vision_lowrank.data.task_cards import load_task_card
-from vision_lowrank.data.task_views import crop_middle, enlarge, select_bands
+from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.benchmark_rows import Key, Row, append_row, done, read_rows
 from vision_lowrank.evaluation.probes import choose_logistic, knn, knn_masks
@@ -27,6 +26,7 @@ from vision_lowrank.evaluation.task_metrics import bootstrap, image_confusion, s
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.precision import choose_device, choose_precision
+from vision_lowrank.raster_data import Opened, Tasks
 from vision_lowrank.raster_features import Features, count_gmacs, extract, weights_digest
 from vision_lowrank.raster_fitting import fit_raster
 from vision_lowrank.results import report
@@ -40,22 +40,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A task with the sets to test on, by what is added to the name of the split."""
-
-    data: TaskData
-    tests: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """Predictions for one test set, as `evaluation.task_metrics` scores them, and what led to them."""
+    """Predictions for one test set, as `evaluation.task_metrics` scores them, and what led to them.
+
+    `seconds` are those of training, before an interruption too.
+    """
 
     predictions: np.ndarray
     targets: np.ndarray | None
     trainable_parameters: int
     chosen: str
     protocol: str
+    seconds: float = 0.0
 
 
 def run_raster_benchmark(config: DictConfig) -> Path:
@@ -65,29 +61,27 @@ def run_raster_benchmark(config: DictConfig) -> Path:
     interrupted run goes on from: `features/` and `fits/`.
 
     Raises:
-        VisionLowRankError: an option is wrong, data are missing or damaged, or an encoder does not fit; all but what
-            lies in single samples is found before work starts.
+        VisionLowRankError: an option is wrong, data are missing or damaged, or an encoder does not fit; found before
+            anything is trained or written but what was fetched.
     """
     options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, torch.device(device).type)
     _check(options)
     encoders = _encoders(config, options)
-    tasks: Any = OmegaConf.to_container(config.tasks, resolve=True)
-    fractions = options["fractions"] or [None]
-    for name in tasks:
-        opened = _open(name, tasks, options, fractions[0], options["seeds"][0])
-        for spec in encoders.values():
-            _try(spec, opened, options["seeds"][0])
+    tasks = Tasks(OmegaConf.to_container(config.tasks, resolve=True), options)
+    neighbours = max(options["protocols"].get("knn", {}).get("neighbours", []), default=0)
+    for name in tasks.tasks:
+        opened = tasks.prepare(name, options["seeds"][0], neighbours)
+        _try(encoders, opened, options["seeds"][0])
+    for name in tasks.tasks:
+        tasks.read_through(name)
     folder = open_run(config, precision)
     run = _Run(folder, options, device, precision)
-    for name in tasks:
-        for fraction in fractions:
-            for seed in options["seeds"]:
-                opened = _open(name, tasks, options, fraction, seed)
-                share = _fraction(name, tasks, fraction)
-                for spec in encoders.values():
-                    run.measure(opened, spec, share, seed)
+    for name, fraction, seed in itertools.product(tasks.tasks, tasks.fractions, options["seeds"]):
+        opened = tasks.open(name, fraction, seed)
+        for spec in encoders.values():
+            run.measure(opened, spec, tasks.share(name, fraction), seed)
     report(read_rows(run.table), folder)
     return folder
 
@@ -134,7 +128,8 @@ class _Run:
             seconds = time.perf_counter() - started
             for test, outcome in found:
                 row = self._row(opened, test, outcome, common)
-                row = replace(row, gmacs=gmacs, seconds=seconds, peak_megabytes=memory.megabytes)
+                taken = max(seconds, outcome.seconds)
+                row = replace(row, gmacs=gmacs, seconds=taken, peak_megabytes=memory.megabytes)
                 if not done(rows, row.key):
                     append_row(self.table, row)
                 told = (row.task, row.protocol, row.encoder, row.split, seed, row.metric, 100 * row.value)
@@ -197,51 +192,56 @@ class _Run:
             rates = ", ".join(f"{trial.learning_rate:g}" for trial in fitted.trials)
             chosen = f"lr={fitted.learning_rate:g} of {rates}; epoch {fitted.epoch} of {settings['epochs']}"
             for test, (predictions, targets) in fitted.tests.items():
-                yield test, Outcome(predictions, targets, fitted.trainable_parameters, chosen, protocol)
+                parameters = fitted.trainable_parameters
+                yield test, Outcome(predictions, targets, parameters, chosen, protocol, fitted.seconds)
             return
         encoder.eval()
         digest = weights_digest(encoder)
 
-        def features(subset: str, samples: Any) -> Features:
+        def features(samples: Any) -> Features:
             identity = {
-                "task": data.fingerprint, "subset": subset, "encoder": f"{type(encoder).__name__} {encoder.name}",
-                "weights": digest, "precision": self.precision,
+                "encoder": f"{type(encoder).__name__} {encoder.name}", "weights": digest, "precision": self.precision,
             }  # fmt: skip
             place = self.folder / "features"
-            with torch.autocast(self.device, torch.bfloat16, enabled="bf16" in self.precision):
-                return extract(encoder, samples, data.kind, identity, place, settings["batch_size"], self.device)
+            reading = (settings["batch_size"], self.options["num_workers"], self.device)
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled="bf16" in self.precision):
+                return extract(encoder, samples, data.kind, identity, place, *reading)
 
-        train = features("train", data.train)
+        train = features(data.train)
         if protocol == "linear":
-            validation = features("validation", data.validation)
+            validation = features(data.validation)
             probe = choose_logistic(
                 (train.values, train.targets), (validation.values, validation.targets), data.kind, len(data.classes)
             )
             parameters = len(data.classes) * (encoder.dim + 1)
             for test, samples in opened.tests.items():
-                found = features(f"test{test}", samples)
+                found = features(samples)
                 yield test, Outcome(probe.predict(found.values), found.targets, parameters, probe.chosen, protocol)
             return
         for test, samples in opened.tests.items():
-            found = features(f"test{test}", samples)
+            found = features(samples)
             for k in settings["neighbours"]:
-                predictions, targets = _nearest(train, found, k, data, encoder.patch_size)
+                predictions, targets = _nearest(train, found, k, data, encoder.patch_size, self.device)
                 yield test, Outcome(predictions, targets, 0, f"k={k}", f"knn-{k}")
 
 
 def _nearest(
-    train: Features, test: Features, k: int, data: TaskData, patch_size: int
+    train: Features, test: Features, k: int, data: TaskData, patch_size: int, device: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns predictions and targets by the nearest training images, or patches, whose maps vote pixel by pixel."""
     if data.kind != "segmentation":
-        known, labels, query = (torch.from_numpy(part) for part in (train.values, train.targets, test.values))
-        return knn(known, labels, query, k).numpy(), test.targets
-    known, labels = (torch.from_numpy(part) for part in train.patches(patch_size))
+        known, labels, query = (_to(part, device) for part in (train.values, train.targets, test.values))
+        return knn(known, labels, query, k).cpu().numpy(), test.targets
+    known, labels = (_to(part, device) for part in train.patches(patch_size))
     values, truth = test.patches(patch_size)
-    found = knn_masks(known, labels, torch.from_numpy(values), k, len(data.classes)).numpy()
+    found = knn_masks(known, labels, _to(values, device), k, len(data.classes)).cpu().numpy()
     maps, masks = (part.reshape(len(test.values), -1) for part in (found, truth))
     pairs = zip(maps, masks, strict=True)
     return np.stack([image_confusion(one, mask, len(data.classes)) for one, mask in pairs]), None
+
+
+def _to(values: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(values).to(device)
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -263,39 +263,6 @@ def _encoders(config: DictConfig, options: Mapping[str, Any]) -> dict[str, dict[
     return encoders
 
 
-def _open(name: str, tasks: Any, options: Mapping[str, Any], fraction: float | None, seed: int) -> Opened:
-    """Opens a task by its card, or as the configuration describes it."""
-    if isinstance(tasks, Mapping):
-        if fraction is not None:
-            raise ConfigError(f"benchmark.fractions={options['fractions']}: task {name} has none; use cards of tasks")
-        data: TaskData = instantiate(tasks[name], seed=seed)
-    else:
-        card = load_task_card(name)
-        fetch(card, options["root"])
-        data = open_task(card, options["root"], options["split"], _fraction(name, tasks, fraction), seed)
-        published = card.protocol
-        if card.side is not None and published.crop < card.side:
-            data = crop_middle(data, published.crop)
-        if published.scale > 1:
-            data = enlarge(data, published.scale)
-    bands = options["bands"]
-    if bands is None:
-        return Opened(data, {"": data.test})
-    seen = select_bands(data, bands["train"])
-    trained = "{:g}-{:g} nm".format(*bands["train"])
-    tests = {f", {trained} only": seen.test}
-    for limits in bands["test"]:
-        tests[", {} to {:g}-{:g} nm".format(trained, *limits)] = select_bands(data, limits).test
-    return Opened(seen, tests)
-
-
-def _fraction(name: str, tasks: Any, fraction: float | None) -> float:
-    """Returns the share of training samples: the published one where none is asked for."""
-    if fraction is not None or isinstance(tasks, Mapping):
-        return 1.0 if fraction is None else fraction
-    return load_task_card(name).protocol.train_fraction
-
-
 def _maker(spec: Mapping[str, Any], opened: Opened, seed: int, device: str) -> Callable[[], Any]:
     """Returns a function that builds the same prepared encoder each time."""
 
@@ -308,11 +275,20 @@ def _maker(spec: Mapping[str, Any], opened: Opened, seed: int, device: str) -> C
     return make
 
 
-def _try(spec: Mapping[str, Any], opened: Opened, seed: int) -> None:
-    """Runs one sample of each test set through an encoder, so that what does not fit is known before work starts."""
-    encoder = _maker(spec, opened, seed, "cpu")().eval()
-    for samples in opened.tests.values():
-        count_gmacs(encoder, samples, opened.data.kind, "cpu")
+def _try(encoders: Mapping[str, Mapping[str, Any]], opened: Opened, seed: int) -> None:
+    """Runs one sample of each test set through each encoder, so that what does not fit is known before work starts."""
+    known: dict[tuple[str, str], str] = {}
+    for name, spec in encoders.items():
+        encoder = _maker(spec, opened, seed, "cpu")().eval()
+        for samples in opened.tests.values():
+            count_gmacs(encoder, samples, opened.data.kind, "cpu")
+        # rows know an encoder by these
+        called = (encoder.name, _weights(encoder, spec))
+        if called in known:
+            raise ConfigError(
+                f"benchmark.encoders: {known[called]} and {name} are both called {encoder.name}; run them apart"
+            )
+        known[called] = name
 
 
 def _weights(encoder: Any, spec: Mapping[str, Any]) -> str:

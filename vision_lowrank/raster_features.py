@@ -51,7 +51,14 @@ class Features:
 
 
 def extract(
-    encoder: Encoder, samples: Any, kind: str, identity: Mapping[str, Any], cache: Path, batch_size: int, device: str
+    encoder: Encoder,
+    samples: Any,
+    kind: str,
+    identity: Mapping[str, Any],
+    cache: Path,
+    batch_size: int,
+    num_workers: int,
+    device: str,
 ) -> Features:
     """Returns the features of samples, from `cache` where they were extracted before.
 
@@ -59,18 +66,20 @@ def extract(
         encoder: prepared, in evaluation mode, on `device`.
         samples: map-style data set; see `image_tasks.TaskData`.
         kind: of the task.
-        identity: what tells these samples and this encoder from others, as JSON holds it.
+        identity: what tells this encoder from others, as JSON holds it.
         cache: folder.
         batch_size: samples at once.
+        num_workers: processes that read samples.
         device: cpu or cuda.
     """
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    about = {**identity, "samples": samples.fingerprint, "kind": kind}
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache / f"{key}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
             return Features(file["values"], file["targets"])
     values, targets = [], []
-    loader = DataLoader(samples, batch_size)
+    loader = DataLoader(samples, batch_size, num_workers=num_workers)
     for batch in track(loader, f"features of {encoder.name}", transient=True):
         with torch.no_grad():
             values.append(_features(encoder, batch, kind, device).float().cpu().numpy())

@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 from vision_lowrank.adapters import LoRA, count_parameters, inject
+from vision_lowrank.checkpoints import LastCheckpoint, Resumption, WholeFiles, best_checkpoint, read_checkpoint
 from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.errors import ConfigError, DataError, TrainingError
 from vision_lowrank.evaluation.task_metrics import Kind
-from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models.encoders import Encoder
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.raster_features import weights_digest
@@ -64,7 +64,7 @@ class Fitted:
         learning_rate: the one chosen on the validation set.
         epoch: whose weights predicted, counted from 1.
         trainable_parameters: of encoder, adapters and head together.
-        seconds: of all trials.
+        seconds: of all trials, those of earlier calls included.
         trials: one a learning rate, in the order given.
     """
 
@@ -218,10 +218,8 @@ class _Fit:
         return trial
 
     def _fit(self, task: RasterTask, run: Path) -> None:
-        # at the end of the whole epoch, so that the history in the file holds it
-        common: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
-        best = ModelCheckpoint(run, "best", CHOICE, mode="max", save_weights_only=True, **common)
-        trainer = self.trainer([best, ModelCheckpoint(run, "last", **common)])
+        best = best_checkpoint(run, CHOICE, "max", save_weights_only=True)
+        trainer = self.trainer([best, LastCheckpoint(run), Resumption()])
         last = run / "last.ckpt"
         if last.exists():
             read_checkpoint(last, "raster")
@@ -278,6 +276,7 @@ class _Fit:
             # the gradient of resized position embeddings has no repeatable form on a GPU
             deterministic="warn",
             callbacks=[*callbacks, RichProgressBar(leave=False)],
+            plugins=[WholeFiles()],
             logger=False,
             enable_model_summary=False,
             enable_checkpointing=bool(callbacks),

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import uuid
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vision_lowrank.errors import ConfigError
 
@@ -56,6 +59,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path` whose files move to `path` when the block ends without an error.
+
+    Each file there is the old one or the new one, never a part; files that the block did not write stay.
+
+    Args:
+        path: the folder to write files into.
+
+    Raises:
+        OSError: as for `atomic_path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(part for part in temporary.rglob("*") if part.is_file()):
+            with atomic_path(path / file.relative_to(temporary)) as whole:
+                os.replace(file, whole)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -117,9 +146,10 @@ def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]
         return Path(os.environ[RUN_VARIABLE])
     folder = create_run_folder(config.runs_root, config.name, config.seed)
     os.environ[RUN_VARIABLE] = str(folder)
+    write_json(folder / "provenance.json", provenance(precision, data_hashes))
+    # last: by it a run that can be resumed is known
     with atomic_path(folder / "config.yaml") as temporary:
         OmegaConf.save(config, temporary, resolve=True)
-    write_json(folder / "provenance.json", provenance(precision, data_hashes))
     return folder
 
 
@@ -131,14 +161,18 @@ def open_run(config: DictConfig, precision: str) -> Path:
         precision: see `provenance`.
 
     Raises:
-        ConfigError: the folder is not of a run, or of one with another configuration.
+        ConfigError: the folder is not of a run, or of one with another configuration, or that is no YAML.
     """
     if config.resume is None:
         return start_run(config, precision, {})
     path = Path(config.resume) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume={config.resume}: no config.yaml there; give the folder of an interrupted run")
-    before, now = (_settings(part) for part in (OmegaConf.load(path), config))
+    try:
+        before = _settings(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); resume another run") from error
+    now = _settings(config)
     if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         raise ConfigError(f"resume={config.resume}: that run differs in {', '.join(changed)}; give the same options")
     return path.parent

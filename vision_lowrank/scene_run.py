@@ -54,7 +54,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
                 started = time.perf_counter()
                 probabilities, facts = fit_baseline(node, data)
                 facts |= {"seconds": time.perf_counter() - started}
-                results += _evaluate(config, data, folder / "baselines" / name, str(name), probabilities, facts)
+                results += evaluate_map(config, data, folder / "baselines" / name, str(name), probabilities, facts)
     if is_baseline(config.model):
         name = config.model._target_.rpartition(".")[2]
         probabilities, facts = fit_baseline(config.model, data)
@@ -67,7 +67,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     # the run's own folder last: its scores mark it as finished
     for part, probabilities in sorted(predictions.items(), reverse=True):
         place, title = (folder / "other_bands" / part, f"{name}, {part}") if part else (folder, name)
-        rows = _evaluate(config, data, place, title, probabilities, facts) + rows
+        rows = evaluate_map(config, data, place, title, probabilities, facts) + rows
     return folder, results + rows
 
 
@@ -87,7 +87,7 @@ def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> P
     return folder
 
 
-def _evaluate(
+def evaluate_map(
     config: DictConfig,
     data: SceneDataModule,
     folder: Path,
@@ -95,7 +95,16 @@ def _evaluate(
     probabilities: np.ndarray,
     facts: Mapping[str, Any],
 ) -> list[RunResult]:
-    """Writes map, pictures and scores of a method, and of its random walk where that is asked for."""
+    """Writes map, pictures and scores of a method, and of its random walk where that is asked for.
+
+    Args:
+        config: the whole configuration.
+        data: after `setup`.
+        folder: of the method.
+        name: of the method.
+        probabilities: (height * width, classes).
+        facts: for `metrics.json`.
+    """
     maps = {(folder, name): (probabilities, facts)}
     if config.get("random_walk") is not None:
         seeds = np.full(data.scene.labels.size, IGNORE)

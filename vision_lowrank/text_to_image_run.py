@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from PIL import Image
 
+from vision_lowrank.checkpoints import checkpoints, read_checkpoint
 from vision_lowrank.data.sprite_modules import to_tensor
 from vision_lowrank.data.sprites import (
     BACKGROUNDS,
@@ -25,12 +26,12 @@ from vision_lowrank.data.sprites import (
     vocabulary,
     with_article,
 )
-from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
+from vision_lowrank.fitting import make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_folder, atomic_path, process_rank, start_run, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
 
@@ -132,7 +133,8 @@ def run_text_to_image(config: DictConfig) -> Path:
         logger.info("recognised: %s", ", ".join(f"{name} {share:.2f}" for name, share in recognised.items()))
     if concept is None:
         # last, since it changes the networks' precision
-        result.to(torch.float16).save_pretrained(folder / "pipeline")
+        with atomic_folder(folder / "pipeline") as temporary:
+            result.to(torch.float16).save_pretrained(temporary)
     _finish(folder, task, seconds, {"seed": config.seed, "concept": concept, "recognised": recognised})
     return folder
 

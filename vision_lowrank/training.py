@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from vision_lowrank.adapter_comparison import run_comparison
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = (
     *("name", "runs_root", "seed", "seeds", "regime", "base", "baselines", "ckpt_path", "patience", "random_walk"),
-    *("data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
+    *("comparison", "data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
 )
 # what learns from sprites, by the task
 SPRITE_RUNS: dict[str, Callable[[DictConfig], Path]] = {
@@ -72,7 +73,7 @@ def train(config: DictConfig) -> list[RunResult]:
             folder, measured = run_pretraining(one)
             errors.append(measured)
         else:
-            folder, found = run_scene(one)
+            folder, found = run_scene(one) if config.comparison is None else run_comparison(one)
             results += found
     if process_rank() > 0:
         return results

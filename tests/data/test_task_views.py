@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.data.task_views import crop_middle, enlarge, select_bands
-from vision_lowrank.errors import ConfigError
+from vision_lowrank.errors import ConfigError, DataError
 
 WAVELENGTHS = np.array([700.0, 450.0, 1000.0], np.float32)
 
@@ -19,6 +19,7 @@ class Samples(Dataset):
         self.masks = torch.randint(0, 4, (5, 6, 7), generator=generator)
         self.kind = kind
         self.groups = np.arange(5) // 2
+        self.fingerprint = f"samples {seed}"
 
     def __len__(self):
         return 5
@@ -44,6 +45,8 @@ def test_bands_are_chosen_by_wavelength():
         assert int(seen.test[index]["label"]) == index % 2
     assert np.array_equal(seen.train.groups, data.train.groups)
     assert seen.fingerprint not in (data.fingerprint, select_bands(data, [450, 600]).fingerprint)
+    parts = [part for one in (data, seen) for part in (one.train, one.validation, one.test)]
+    assert len({part.fingerprint for part in parts}) == 6
     with pytest.raises(ConfigError, match="no channel from 500 to 600 nm; its channels lie from 450 to 1000"):
         select_bands(data, [500, 600])
 
@@ -53,6 +56,8 @@ def test_middle_is_cut_of_image_and_mask():
     sample = crop_middle(data, 4).train[2]
     assert torch.equal(sample["image"], data.train.images[2, :, 1:5, 1:5])
     assert torch.equal(sample["mask"], data.train.masks[2, 1:5, 1:5])
+    with pytest.raises(DataError, match="a tile of 6 x 7 pixels has no middle of 7"):
+        crop_middle(data, 7).train[0]
 
 
 def test_enlarged_pixels_are_smaller():

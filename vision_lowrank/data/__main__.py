@@ -15,9 +15,10 @@ from rich.table import Table
 
 from vision_lowrank.data.cards import DatasetCard, list_cards, load_card
 from vision_lowrank.data.download import fetch
-from vision_lowrank.data.image_tasks import SUBSETS, open_task
+from vision_lowrank.data.image_tasks import open_task
 from vision_lowrank.data.scene import class_counts, open_scene
 from vision_lowrank.data.task_cards import TaskCard, is_task_card, list_task_cards, load_task_card
+from vision_lowrank.data.task_index import SUBSETS
 from vision_lowrank.errors import DataError, VisionLowRankError
 
 # tiles of each split that `check` reads

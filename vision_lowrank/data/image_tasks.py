@@ -1,15 +1,10 @@
 """Benchmark tasks as datasets: tiles and labels read out of the archive of a task card."""
 
-import ast
-import csv
-import hashlib
-import io
 import json
 import logging
 import posixpath
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,33 +18,21 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from vision_lowrank.data.archives import Store, open_store
-from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.task_cards import TaskCard, load_task_card
-from vision_lowrank.errors import ConfigError, DataError, SplitError
+from vision_lowrank.data.task_index import SUBSETS, Row, digest, group_of, load_index, regroup, share
+from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.records import nearest
-from vision_lowrank.runs import write_csv, write_json
+from vision_lowrank.runs import write_json
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-SUBSETS = ("train", "validation", "test")
+# tiles that a process reads for one message to the caller
+READ_AT_ONCE = 16
+
 Kind = Literal["classification", "multilabel", "segmentation"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sample in the index.
-
-    Attributes:
-        image: TIFF file in the store, or folder with one TIFF a band.
-        label: class index; class indices with blanks between; or the file of the label map.
-    """
-
-    image: str
-    label: str
 
 
 class TaskSamples(Dataset[dict[str, Tensor]]):
@@ -61,6 +44,7 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
 
     Attributes:
         groups: what each sample belongs to, text (len,); crops of one image share it.
+        fingerprint: hexadecimal digest of what the samples are made of.
 
     Args:
         card: of the task.
@@ -77,6 +61,7 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
         self._images = np.asarray([row.image for row in rows])
         self._labels = np.asarray([row.label for row in rows])
         self.groups = np.asarray([group_of(card, row) or row.image for row in rows])
+        self.fingerprint = digest(card, store, mean.tolist(), std.tolist(), card.gsd, rows)
         self._mean, self._std = mean[:, None, None], std[:, None, None]
         self._shared = {"wavelengths": torch.from_numpy(card.wavelengths), "gsd": torch.tensor(card.gsd)}
 
@@ -114,7 +99,8 @@ class TaskData:
         wavelengths: centres of the channels in nanometres, float32 (channels,).
         gsd: pixel size in metres.
         fingerprint: hexadecimal digest of what the samples are made of.
-        train: samples to train on; like the next two a map-style dataset with `groups`, see `TaskSamples`.
+        train: samples to train on; like the next two a map-style dataset with `groups` and `fingerprint`, see
+            `TaskSamples`.
         validation: samples to choose hyper-parameters on.
         test: samples to report on.
     """
@@ -161,14 +147,13 @@ def open_task(
     parts = [path for entry in card.archive.files() for path in card.find(entry, root)]
     store = open_store(card.unpacked(root) or parts)
     cache = card.folders(root)[0] / ".cache"
-    subsets = _load_index(card, store, cache)
+    subsets = load_index(card, store, cache)
     if split == "grouped":
-        subsets = _regroup(card, subsets, seed)
+        subsets = regroup(card, subsets, seed)
     elif card.group is not None and any(group_of(card, row) is None for row in subsets["train"]):
         logger.warning("%s: names of tiles are not as group %r expects; each is its own group", card.name, card.group)
     mean, std = card.statistics() or _measure(card, store, subsets["train"], cache)
-    subsets["train"] = _share(card, subsets["train"], fraction, seed)
-    facts = (store.fingerprint, _card_facts(card), mean.tolist(), std.tolist(), card.gsd, subsets)
+    subsets["train"] = share(card, subsets["train"], fraction, seed)
     return TaskData(
         name=card.name,
         kind=cast(Kind, card.kind),
@@ -176,9 +161,51 @@ def open_task(
         metric=card.metric,
         wavelengths=card.wavelengths,
         gsd=card.gsd,
-        fingerprint=_digest(facts),
+        fingerprint=digest(card, store, mean.tolist(), std.tolist(), card.gsd, subsets),
         **{name: TaskSamples(card, store, subsets[name], mean, std) for name in SUBSETS},
     )
+
+
+def read_through(card: TaskCard, root: str | Path, num_workers: int) -> None:
+    """Reads every tile and label of a task, so that damage is known before anything is built on them.
+
+    A note beside the data keeps a second call from reading them again.
+
+    Args:
+        card: of the task.
+        root: see `open_task`.
+        num_workers: processes that read.
+
+    Raises:
+        DataError: see `open_task`; or a tile or label map is damaged or contradicts the card, the first that was met.
+    """
+    task = open_task(card, root)
+    note = card.folders(root)[0] / ".cache" / f"read-{task.fingerprint[:16]}.json"
+    if note.is_file():
+        return
+    found: Dataset[str | None] = ConcatDataset([_Damage(getattr(task, name)) for name in SUBSETS])
+    loader = DataLoader(found, READ_AT_ONCE, num_workers=num_workers, collate_fn=list)
+    for told in track(loader, f"{card.name}: reading every tile", transient=True):
+        if damage := [text for text in told if text is not None]:
+            raise DataError(damage[0])
+    _keep(card, note, {"samples": sum(len(getattr(task, name)) for name in SUBSETS)}, "that all tiles can be read is")
+
+
+class _Damage(Dataset[str | None]):
+    """What is wrong with each sample; as text, since errors of a worker process reach the caller as tracebacks."""
+
+    def __init__(self, samples: TaskSamples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.samples[index]
+        except DataError as error:
+            return str(error)
+        return None
 
 
 def read_image(card: TaskCard, store: Store, name: str) -> np.ndarray:
@@ -256,179 +283,9 @@ def read_tiff(content: bytes, channels: int, where: str, side: int | None = None
         raise damaged from error
 
 
-def group_of(card: TaskCard, row: Row) -> str | None:
-    """Returns what the card's `group` finds in the name of a tile, None where it does not fit or there is none."""
-    match = card.group and re.fullmatch(card.group, posixpath.splitext(posixpath.basename(row.image))[0])
-    return match[1] if match else None
-
-
-def read_index(card: TaskCard, store: Store) -> dict[str, list[Row]]:
-    """Reads which samples a task has, in whichever of the card's layouts the store has.
-
-    Returns:
-        The samples of `SUBSETS`.
-
-    Raises:
-        DataError: no layout fits, a column is missing, a split or label is unknown, a file that is named does not
-            exist, or a split has no samples.
-    """
-    metadata = f"{card.folder}/metadata.csv"
-    for layout in card.layouts:
-        entries: Iterable[tuple[str, str, Row]]
-        if layout == "metadata_csv" and metadata in store.names:
-            entries = _read_metadata(card, store, metadata)
-        elif layout != "metadata_csv" and (lists := _find_lists(store, *LISTS[layout][:2])):
-            entries = LISTS[layout][2](card, store, lists)
-        else:
-            continue
-        subsets: dict[str, list[Row]] = {name: [] for name in SUBSETS}
-        for place, subset, row in entries:
-            if subset not in SPLITS:
-                raise DataError(f"{store.where}: {place}: split {subset!r}; it can be {', '.join(SPLITS)}")
-            subsets[SPLITS[subset]].append(row)
-        if empty := [name for name in SUBSETS if not subsets[name]]:
-            raise DataError(f"{store.where}: no {' and no '.join(empty)} samples; get the archive again")
-        _check_files(card, store, subsets, layout)
-        return subsets
-    found = ", ".join(sorted(store.names)[:3]) or "nothing"
-    raise DataError(
-        f"{store.where}: no {metadata} or split lists inside, it holds {found}, …; correct the card's folder"
-    )
-
-
-def _read_metadata(card: TaskCard, store: Store, name: str) -> Iterator[tuple[str, str, Row]]:
-    reader = csv.DictReader(io.StringIO(store.read(name).decode("utf-8-sig"), newline=""))
-    columns = reader.fieldnames or []
-    wanted = ["label_path"] if card.kind == "segmentation" else ["label", "label_path"]
-    target = next((column for column in wanted if column in columns), None)
-    if lacking := [column for column in ("optical_path", "split") if column not in columns]:
-        raise DataError(f"{store.where}: {name} has no column {', '.join(lacking)}, only {', '.join(columns)}")
-    if target is None:
-        raise DataError(f"{store.where}: {name} has no column {' or '.join(wanted)}, only {', '.join(columns)}")
-    for line in reader:
-        place = f"{name} line {reader.line_num}"
-        if not line["optical_path"] or not line[target]:
-            raise DataError(f"{store.where}: {place}: optical_path or {target} is empty; correct the line")
-        image, path = (
-            posixpath.normpath(posixpath.join(card.folder, line[column])) for column in ("optical_path", target)
-        )
-        if card.kind == "segmentation":
-            label = path
-        elif target == "label_path":
-            label = _class_text(card, _names_in_json(store, path), f"{store.where}: {path}")
-        else:
-            label = _class_text(card, _parse_label(line[target]), f"{store.where}: {place}")
-        yield place, line["split"] or "", Row(image, label)
-
-
-def _find_lists(store: Store, start: str, end: str) -> dict[str, str]:
-    """Returns the file of each split list by split, where all three are there."""
-    wanted = {f"{start}{split}{end}": split for split in ("train", "val", "test")}
-    found = {wanted[base]: name for name in store.names if (base := posixpath.basename(name)) in wanted}
-    return found if len(found) == len(wanted) else {}
-
-
-def _lines(store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    for split, name in lists.items():
-        for number, line in enumerate(store.read(name).decode("utf-8-sig").splitlines(), start=1):
-            if line.strip():
-                yield f"{name} line {number}", split, line.strip()
-
-
-def _read_eurosat_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, Row]]:
-    """Reads lines such as `River_12.jpg`, which mean the file `River_12.tif` wherever it lies."""
-    images = {posixpath.basename(name): name for name in store.names if name.endswith(".tif")}
-    for place, split, line in _lines(store, lists):
-        stem = posixpath.splitext(posixpath.basename(line))[0]
-        label = _class_text(card, [stem.rpartition("_")[0]], f"{store.where}: {place}")
-        yield place, split, Row(images.get(f"{stem}.tif", f"{stem}.tif"), label)
-
-
-def _read_bigearthnet_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, Row]]:
-    """Reads lines that begin with the name of a folder, which holds a TIFF a band and a JSON file of class names."""
-    ending = "_labels_metadata.json"
-    files = {posixpath.basename(name).removesuffix(ending): name for name in store.names if name.endswith(ending)}
-    for place, split, line in _lines(store, lists):
-        patch = line.partition(",")[0]
-        if patch not in files:
-            raise DataError(f"{store.where}: {place}: {patch}{ending} is not there; get the archive again")
-        names = _names_in_json(store, files[patch])
-        yield place, split, Row(posixpath.dirname(files[patch]), _class_text(card, names, f"{store.where}: {place}"))
-
-
-LISTS = {
-    "eurosat_lists": ("eurosat-", ".txt", _read_eurosat_lists),
-    "bigearthnet_lists": ("bigearthnet-", ".csv", _read_bigearthnet_lists),
-}
-
-
-def _check_files(card: TaskCard, store: Store, subsets: Mapping[str, Sequence[Row]], layout: str) -> None:
-    needed = [row.image for rows in subsets.values() for row in rows]
-    if layout == "bigearthnet_lists":
-        needed = [f"{name}/{posixpath.basename(name)}_{band.name}.tif" for name in needed for band in card.bands]
-    if card.kind == "segmentation":
-        needed += [row.label for rows in subsets.values() for row in rows]
-    if absent := [name for name in needed if name not in store.names]:
-        raise DataError(f"{store.where}: {len(absent)} files of the index are not there, first {absent[0]}; get them")
-
-
-def _names_in_json(store: Store, name: str) -> list[Any]:
-    try:
-        return list(json.loads(store.read(name))["labels"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{store.where}: {name} is no JSON with a list of labels ({error}); get it again") from error
-
-
-def _parse_label(text: str) -> list[Any]:
-    """Returns the classes in a cell: one number or name, or a list of them in brackets."""
-    if text.startswith("["):
-        try:
-            return list(ast.literal_eval(text))
-        except (ValueError, SyntaxError):
-            return [text]
-    return [text]
-
-
-def _class_text(card: TaskCard, found: Iterable[Any], where: str) -> str:
-    """Returns class indices with blanks between; a classification has exactly one."""
-    known = card.class_values
-    indices = []
-    for value in found:
-        key = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
-        if not isinstance(key, int | str) or key not in known:
-            raise DataError(f"{where}: label {value!r} is neither a class nor ignored; correct the card or the file")
-        indices.append(known[key])
-    indices = sorted({index for index in indices if index != IGNORE})
-    if card.kind == "classification" and len(indices) != 1:
-        raise DataError(f"{where}: {len(indices)} classes; a classification needs one for each sample")
-    return " ".join(map(str, indices))
-
-
-def _load_index(card: TaskCard, store: Store, cache: Path) -> dict[str, list[Row]]:
-    """Reads the index, or the copy of it that an earlier call left beside the data."""
-    path = cache / f"index-{_digest((store.fingerprint, _card_facts(card)))[:16]}.csv"
-    if path.is_file():
-        subsets: dict[str, list[Row]] = {name: [] for name in SUBSETS}
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                subsets[line["split"]].append(Row(line["image"], line["label"]))
-        return subsets
-    subsets = read_index(card, store)
-    for name in SUBSETS:
-        stated, found = getattr(card.splits, name), len(subsets[name])
-        if stated not in (None, found):
-            logger.warning("%s: %d %s samples, the card says %d", card.name, found, name, stated)
-    rows = [{"split": name, "image": row.image, "label": row.label} for name in SUBSETS for row in subsets[name]]
-    try:
-        write_csv(path, rows)
-    except OSError as error:
-        logger.warning("%s: index not kept (%s), it is read anew each time", card.name, error)
-    return subsets
-
-
 def _measure(card: TaskCard, store: Store, rows: Sequence[Row], cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of the bands over tiles, float32 (channels,); measured once, then kept."""
-    path = cache / f"statistics-{_digest((store.fingerprint, _card_facts(card), rows))[:16]}.json"
+    path = cache / f"statistics-{digest(card, store, rows)[:16]}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return np.asarray(kept["mean"], np.float32), np.asarray(kept["std"], np.float32)
@@ -447,60 +304,15 @@ def _measure(card: TaskCard, store: Store, rows: Sequence[Row], cache: Path) -> 
         raise DataError(
             f"{store.where}: bands {', '.join(flat)} are constant in training; put mean and std on the card"
         )
-    try:
-        write_json(path, {"mean": mean, "std": std})
-    except OSError as error:
-        logger.warning("%s: statistics not kept (%s), they are measured anew each time", card.name, error)
+    _keep(card, path, {"mean": mean, "std": std}, "statistics are")
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _regroup(card: TaskCard, subsets: Mapping[str, list[Row]], seed: int) -> dict[str, list[Row]]:
-    """Draws training and validation anew, whole groups each."""
-    pool = [*subsets["train"], *subsets["validation"]]
-    groups: dict[str, list[Row]] = {}
-    for row in pool:
-        group = group_of(card, row)
-        if group is None:
-            reason = f"group {card.group!r} does not fit {row.image}" if card.group else "the card has no `group`"
-            raise SplitError(f"task {card.name}: split grouped: {reason}; correct the card or use split published")
-        groups.setdefault(group, []).append(row)
-    if len(groups) < 2:
-        raise SplitError(f"task {card.name}: split grouped: one group in all, {next(iter(groups))}; correct `group`")
-    names = sorted(groups)
-    order = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
-    wanted, held = len(subsets["validation"]), 0
-    chosen: set[str] = set()
-    for name in order:
-        size = len(groups[name])
-        if len(chosen) < len(names) - 1 and abs(held + size - wanted) < abs(held - wanted):
-            chosen.add(name)
-            held += size
-    chosen = chosen or {min(order, key=lambda name: len(groups[name]))}
-    train = [row for name in names if name not in chosen for row in groups[name]]
-    validation = [row for name in names if name in chosen for row in groups[name]]
-    return {"train": train, "validation": validation, "test": subsets["test"]}
-
-
-def _share(card: TaskCard, rows: list[Row], fraction: float, seed: int) -> list[Row]:
-    """Draws a share of the rows by whole groups, of each class if a sample has one class; order is kept."""
-    if fraction == 1:
-        return rows
-    units: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        units.setdefault(group_of(card, row) or row.image, []).append(index)
-    strata: dict[str, list[list[int]]] = {}
-    for members in units.values():
-        stratum = rows[members[0]].label if card.kind == "classification" else ""
-        strata.setdefault(stratum, []).append(members)
-    generator = np.random.default_rng(seed)
-    kept: list[int] = []
-    for stratum in sorted(strata):
-        order = [strata[stratum][index] for index in generator.permutation(len(strata[stratum]))]
-        sizes = np.cumsum([len(members) for members in order])
-        # the whole groups that come nearest to the share, at least one
-        count = int(np.abs(sizes - fraction * sizes[-1]).argmin()) + 1
-        kept += [index for members in order[:count] for index in members]
-    return [rows[index] for index in sorted(kept)]
+def _keep(card: TaskCard, path: Path, content: Any, what: str) -> None:
+    try:
+        write_json(path, content)
+    except OSError as error:
+        logger.warning("%s: %s not kept (%s), but found anew each time", card.name, what, error)
 
 
 def _axes(shape: tuple[int, int, int], channels: int, where: str) -> str:
@@ -523,12 +335,3 @@ def _read_page(page: DatasetReader, side: int | None) -> np.ndarray:
     if side is None:
         return page.read()
     return page.read(out_shape=(page.count, side, side), resampling=Resampling.bilinear)
-
-
-def _card_facts(card: TaskCard) -> tuple[Any, ...]:
-    """Returns what of a card the samples depend on."""
-    return card.kind, card.folder, card.layouts, card.bands, card.side, card.classes, card.ignore
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()

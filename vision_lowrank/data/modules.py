@@ -97,7 +97,9 @@ class SceneDataModule(L.LightningDataModule):
             return
         fetch(self.card, self.root)
         self.scene = open_scene(self.card, self.root)
-        self.split = make_split(self.scene.labels, self.card, self.root, self.patch_size, self.split_options, self.seed)
+        self.split = make_split(
+            self.splittable_labels(), self.card, self.root, self.patch_size, self.split_options, self.seed
+        )
         logger.info(
             "%s, %s split: %s; leakage %.1f %% of test pixels",
             self.scene.name,
@@ -111,7 +113,7 @@ class SceneDataModule(L.LightningDataModule):
                 ", ".join(self.card.classes[index].name for index in absent),
                 self.split.parameters["dropped_pixels"],
             )
-        rows, columns = np.divmod(self.split.train, self.split.shape[1])
+        rows, columns = np.divmod(self.scaling_pixels(), self.split.shape[1])
         self.preprocessor.fit(self.scene.image[:, rows, columns].T)
         cube, inside = allocate_cube(self.num_channels, *self.split.shape, self.patch_size)
         self.preprocessor.transform(self.scene.image, out=inside)
@@ -129,6 +131,21 @@ class SceneDataModule(L.LightningDataModule):
         height, width = self.split.shape
         return self.cube.numpy()[:, radius : radius + height, radius : radius + width]
 
+    def splittable_labels(self) -> np.ndarray:
+        """Returns the labels that are divided into training, validation and test, (height, width)."""
+        return self.scene.labels
+
+    def scaling_pixels(self) -> np.ndarray:
+        """Returns the flat indices of the pixels that scaling and components are fitted on."""
+        return self.split.train
+
+    def pretraining_pixels(self) -> np.ndarray:
+        """Returns the flat indices of the pixels for training without labels: all that have values.
+
+        Test pixels are among them, so that what is trained is transductive.
+        """
+        return np.flatnonzero(self.scene.valid)
+
     def training_counts(self) -> np.ndarray:
         """Returns the number of training pixels of each class, int64 (num_classes,)."""
         return np.bincount(self.scene.labels.flat[self.split.train], minlength=self.num_classes)
@@ -138,11 +155,8 @@ class SceneDataModule(L.LightningDataModule):
         return self._shuffled(self.split.train, 1 if self.trainer is None else self.trainer.world_size)
 
     def pretrain_dataloader(self, processes: int = 1) -> Loader:
-        """Returns every pixel that has values, test pixels included, in an order that seed and epoch tell.
-
-        For training without labels, by so many processes; it makes what is trained transductive.
-        """
-        return self._shuffled(np.flatnonzero(self.scene.valid), processes)
+        """Returns `pretraining_pixels` in an order that seed and epoch tell, for so many processes."""
+        return self._shuffled(self.pretraining_pixels(), processes)
 
     def val_dataloader(self) -> Loader:
         """Returns the validation pixels."""

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.data.scene import IGNORE, Scene, open_scene
+from vision_lowrank.data.task_index import SUBSETS
 from vision_lowrank.errors import ConfigError, DataError
 
 # layouts drawn before a scene counts as too small
@@ -39,6 +40,7 @@ class TileDataset(Dataset[dict[str, Tensor]]):
         wavelengths: nanometres (channels,).
         gsd: metres.
         groups: block of each tile (tiles,).
+        fingerprint: digest of what the samples are made of.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TileDataset(Dataset[dict[str, Tensor]]):
         wavelengths: np.ndarray,
         gsd: float,
         groups: np.ndarray,
+        fingerprint: str,
     ) -> None:
         self.image = torch.from_numpy(image)
         self.truth = torch.from_numpy(truth)
@@ -57,6 +60,7 @@ class TileDataset(Dataset[dict[str, Tensor]]):
         self.side = side
         self.shared = {"wavelengths": torch.from_numpy(wavelengths), "gsd": torch.tensor(gsd, dtype=torch.float32)}
         self.groups = groups
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -120,11 +124,14 @@ def scene_task(
     )
     image = _normalise(scene, corners[subsets[0]], side)[::every]
     wavelengths = scene.bands.wavelengths[::every].astype(np.float32)
+    about = json.dumps([scene.hashes, kind, side, seed, block, list(shares), every], sort_keys=True)
+    fingerprint = hashlib.sha256(about.encode()).hexdigest()
     parts = []
-    for indices in (subset[known[subset]] for subset in subsets):
+    for name, subset in zip(SUBSETS, subsets, strict=True):
+        indices = subset[known[subset]]
         target = labels if truth is None else truth[indices]
-        parts.append(TileDataset(image, target, corners[indices], side, wavelengths, scene.gsd, owner[indices]))
-    about = [scene.hashes, kind, side, seed, block, list(shares), every]
+        told = (side, wavelengths, scene.gsd, owner[indices], f"{fingerprint} {name}")
+        parts.append(TileDataset(image, target, corners[indices], *told))
     logger.info("%s %s: %d training, %d validation, %d test tiles", scene.name, kind, *(len(part) for part in parts))
     return TaskData(
         name=f"{scene.name}_{kind}",
@@ -133,7 +140,7 @@ def scene_task(
         metric=METRICS[kind],
         wavelengths=wavelengths,
         gsd=scene.gsd,
-        fingerprint=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+        fingerprint=fingerprint,
         train=parts[0],
         validation=parts[1],
         test=parts[2],

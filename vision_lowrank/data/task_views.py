@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vision_lowrank.data.image_tasks import TaskData
-from vision_lowrank.errors import ConfigError
+from vision_lowrank.errors import ConfigError, DataError
 
 Sample = dict[str, Tensor]
 
 
 class View(Dataset[Sample]):
-    """Samples of another set as a function makes them; `groups` are those of the set."""
+    """Samples of another set as a function makes them, of which `what` tells; `groups` are those of the set."""
 
-    def __init__(self, samples: Any, change: Callable[[Sample], Sample]) -> None:
+    def __init__(self, samples: Any, change: Callable[[Sample], Sample], what: str) -> None:
         self.samples = samples
         self.change = change
         self.groups = samples.groups
+        self.fingerprint = f"{samples.fingerprint}, {what}"
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -48,7 +49,10 @@ class _Middle:
         self.side = side
 
     def __call__(self, sample: Sample) -> Sample:
-        top, left = ((length - self.side) // 2 for length in sample["image"].shape[-2:])
+        height, width = sample["image"].shape[-2:]
+        if min(height, width) < self.side:
+            raise DataError(f"a tile of {height} x {width} pixels has no middle of {self.side}; crop to fewer")
+        top, left = (height - self.side) // 2, (width - self.side) // 2
         window = (..., slice(top, top + self.side), slice(left, left + self.side))
         return {**sample, **{name: sample[name][window] for name in ("image", "mask") if name in sample}}
 
@@ -85,7 +89,7 @@ def select_bands(data: TaskData, limits: Sequence[float]) -> TaskData:
 
 
 def crop_middle(data: TaskData, side: int) -> TaskData:
-    """Returns a task with the middle of each tile, `side` pixels along a side."""
+    """Returns a task with the middle of each tile, `side` pixels along a side; reading a smaller one is a DataError."""
     return _changed(data, _Middle(side), f"middle {side}")
 
 
@@ -101,7 +105,5 @@ def enlarge(data: TaskData, scale: int) -> TaskData:
 
 
 def _changed(data: TaskData, change: Callable[[Sample], Sample], what: str) -> TaskData:
-    train, validation, test = (View(samples, change) for samples in (data.train, data.validation, data.test))
-    return replace(
-        data, fingerprint=f"{data.fingerprint}, {what}", train=train, validation=validation, test=test
-    )
+    train, validation, test = (View(samples, change, what) for samples in (data.train, data.validation, data.test))
+    return replace(data, fingerprint=f"{data.fingerprint}, {what}", train=train, validation=validation, test=test)

@@ -92,11 +92,16 @@ def paired_difference(
     if not common:
         raise DataError(f"methods {method!r} and {reference!r} have no split in common: run both with the same seeds")
     differences = np.array([ours[split] - theirs[split] for split in common])
-    mean, interval = float(differences.mean()), None
-    if len(common) > 1:
-        half = float(stats.sem(differences) * stats.t.ppf((1 + confidence) / 2, len(common) - 1))
-        interval = (mean - half, mean + half)
-    return PairedDifference(mean, interval, len(common))
+    return PairedDifference(float(differences.mean()), t_interval(differences.tolist(), confidence), len(common))
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Returns Student's interval for the mean of values, None for a single one."""
+    if len(values) < 2:
+        return None
+    mean = float(np.mean(values))
+    half = float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return mean - half, mean + half
 
 
 def write_metrics(folder: Path, result: RunResult, class_names: Sequence[str]) -> None:
@@ -168,10 +173,10 @@ def _cells(results: Sequence[RunResult], reference: str | None) -> tuple[list[st
         row = [method, str(len(runs))]
         for metric in METRICS:
             values = [value for result in runs if (value := getattr(result.scores["test"], metric)) is not None]
-            row.append(_percent(summarise(values)) if values else "undefined")
-        row.append(_percent(summarise([result.leakage for result in runs]), digits=1))
+            row.append(percent(summarise(values)) if values else "undefined")
+        row.append(percent(summarise([result.leakage for result in runs]), digits=1))
         if reference is not None:
-            row.append("" if method == reference else _difference(paired_difference(results, method, reference)))
+            row.append("" if method == reference else signed_percent(paired_difference(results, method, reference)))
         rows.append(row)
     return header, rows
 
@@ -184,12 +189,14 @@ def _by_split(results: Sequence[RunResult], method: str, metric: str) -> dict[st
     return {split: float(np.mean(group)) for split, group in values.items()}
 
 
-def _percent(summary: Summary, digits: int = 2) -> str:
+def percent(summary: Summary, digits: int = 2) -> str:
+    """Returns mean ± deviation of fractions in percent."""
     text = f"{100 * summary.mean:.{digits}f}"
     return text if summary.std is None else f"{text} ± {100 * summary.std:.{digits}f}"
 
 
-def _difference(difference: PairedDifference) -> str:
+def signed_percent(difference: PairedDifference) -> str:
+    """Returns a difference of fractions in percent, with its interval."""
     text = f"{100 * difference.mean:+.2f}"
     if difference.interval is None:
         return text

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from vision_lowrank.adapters.lora_plus import lora_plus_groups
 from vision_lowrank.errors import ConfigError, TrainingError
 
 
@@ -50,12 +51,20 @@ def adamw(
     weight_decay: float,
     factor: Callable[[int], float],
     betas: tuple[float, float] = (0.9, 0.999),
+    rate_ratio: float | None = None,
 ) -> OptimizerLRSchedulerConfig:
     """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
 
     Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
+    With `rate_ratio` the factors B of the model's LoRAs learn so many times as fast, see `lora_plus_groups`.
+
+    Raises:
+        AdapterError: a ratio below 1, or for a model without such factors.
     """
-    spare = getattr(model, "no_weight_decay", tuple)
-    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spare())
+    if rate_ratio is None:
+        spare = getattr(model, "no_weight_decay", tuple)
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spare())
+    else:
+        groups = lora_plus_groups(model, learning_rate, rate_ratio, weight_decay)
     optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

@@ -36,7 +36,7 @@ class SceneClassification(L.LightningModule):
 
     With `cycles`, the strength of the model's adapters and their learning rate follow the cyclical schedule of
     LoLA-SpecViT; validation, test, prediction and what is saved have strength 1. Statistics of frozen normalisations
-    stay as they are.
+    stay as they are, with or without adapters.
 
     Args:
         model: maps what `inputs` name to logits (batch, num_classes) or (batch, num_classes, side, side); perhaps with
@@ -49,7 +49,9 @@ class SceneClassification(L.LightningModule):
         balance: exponent b of the weight of a class in the loss, its training pixels to the power -b: 0 weighs pixels
             alike, 1 weighs classes alike.
         mixup: alpha of `data.augmentation.mixup`; training accuracies then compare with the larger share's class.
-        cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters.
+        cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters, and
+            for adapters that keep their strength.
+        rate_ratio: how many times as fast the factors B of LoRAs learn (LoRA+); None for one rate.
         inputs: entries of a batch that the model takes: `image`, and of models of any sensor `wavelengths` and `gsd`.
         channel_sampling: see `data.augmentation.sample_channels`.
 
@@ -70,6 +72,7 @@ class SceneClassification(L.LightningModule):
         balance: float,
         mixup: float,
         cycles: Mapping[str, Any] | None = None,
+        rate_ratio: float | None = None,
         inputs: Sequence[str] = ("image",),
         channel_sampling: Sequence[float] | None = None,
     ) -> None:
@@ -82,6 +85,7 @@ class SceneClassification(L.LightningModule):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.cycles = cycles
+        self.rate_ratio = rate_ratio
         self.inputs = tuple(inputs)
         self.channel_sampling = channel_sampling
         self.history: list[dict[str, float]] = []
@@ -110,7 +114,7 @@ class SceneClassification(L.LightningModule):
     def train(self, mode: bool = True) -> "SceneClassification":
         """Sets the mode; normalisations of a frozen base stay in evaluation mode."""
         super().train(mode)
-        if self.cycles is not None:
+        if not all(parameter.requires_grad for parameter in self.model.parameters()):
             freeze_statistics(self.model)
         return self
 
@@ -224,4 +228,4 @@ class SceneClassification(L.LightningModule):
             factor: Callable[[int], float] = warmup_cosine(total, self.warmup)
         else:
             factor = CyclicalStrength(total, **self._cycles(total), warmup=round(self.warmup * total), rising=False)
-        return adamw(self.model, self.learning_rate, self.weight_decay, factor)
+        return adamw(self.model, self.learning_rate, self.weight_decay, factor, rate_ratio=self.rate_ratio)

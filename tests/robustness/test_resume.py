@@ -1,0 +1,189 @@
+"""Training stopped within an epoch, or at its end, goes on as if it had never been stopped."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.data import DataLoader, Dataset
+
+from vision_lowrank import checkpoints
+from vision_lowrank.batch_order import samples_of_batch
+from vision_lowrank.checkpoints import LastCheckpoint, Patience, Resumption, WholeFiles, read_checkpoint
+from vision_lowrank.data.patches import EpochShuffle
+from vision_lowrank.data.scene_tasks import scene_task
+from vision_lowrank.data.tile_module import MixedBatches
+from vision_lowrank.models.encoders import BandStatistics
+from vision_lowrank.raster_fitting import fit_raster
+from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
+from vision_lowrank.tasks.raster_tasks import RasterTask
+from vision_lowrank.tasks.scene_classification import SceneClassification
+from vision_lowrank.training import train
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut(patch, task, epoch, batch):
+    """Lets the training of a kind of task fail at a step."""
+    step = task.training_step
+
+    def training_step(self, content, index):
+        if (self.current_epoch, index) == (epoch, batch):
+            raise PowerCut
+        return step(self, content, index)
+
+    patch.setattr(task, "training_step", training_step)
+
+
+def run(repository, root, *overrides):
+    """Trains and returns the checkpoint of the end."""
+    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+        train(compose("train", [*overrides, f"runs_root={root}"]))
+    (path,) = root.glob("*/*/checkpoints/last.ckpt")
+    return read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "epoch", "batch"),
+    [
+        ("scene", 0, 1, 3),
+        # worker processes are ahead of the training
+        ("scene", 2, 1, 3),
+        ("scene", 2, 2, 0),
+        ("tiles", 2, 1, 2),
+        # the average of the weights is a step's last deed
+        ("sprites", 0, 1, 2),
+    ],
+)
+def test_a_cut_within_an_epoch_changes_nothing(repository, tmp_path, request, kind, workers, epoch, batch):
+    if kind == "sprites":
+        pytest.importorskip("diffusers")
+        from test_kills import SPRITES as overrides
+
+        from vision_lowrank.tasks.text_to_image import TextToImage as task
+    else:
+        overrides = request.getfixturevalue(kind)
+        task = {"scene": SceneClassification, "tiles": HyperMAEPretraining}[kind]
+    overrides = [*overrides, f"data.num_workers={workers}"]
+    expected = run(repository, tmp_path / "whole", *overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SAVE_EVERY", timedelta(0))
+        cut(patch, task, epoch, batch)
+        with pytest.raises(PowerCut):
+            run(repository, tmp_path / "cut", *overrides)
+    (path,) = (tmp_path / "cut").glob("*/*/checkpoints/last.ckpt")
+    steps = expected["global_step"] // 3
+    assert read_checkpoint(path)["global_step"] == epoch * steps + batch
+    found = run(repository, tmp_path / "cut", *overrides, f"ckpt_path={path}")
+    assert found["history"] == expected["history"]
+    assert found["global_step"] == expected["global_step"]
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+    moments, other = (part["optimizer_states"][0]["state"] for part in (found, expected))
+    assert all(torch.equal(moments[key]["exp_avg_sq"], other[key]["exp_avg_sq"]) for key in other)
+    assert found["lr_schedulers"] == expected["lr_schedulers"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_benchmark_goes_on_with_the_batches_of_its_epoch(fields, tmp_path, workers):
+    data = scene_task(str(fields), str(fields.parent), "classification", side=4, seed=0)
+
+    def make():
+        encoder = BandStatistics(patch_size=2)
+        encoder.prepare(data.wavelengths.tolist())
+        return encoder
+
+    def fit(name):
+        return fit_raster(
+            data, make, "linear", [0.01], 3, 4, "32-true", "cpu", tmp_path / name, 5, [], 1, workers, {"": data.test}
+        )
+
+    whole = fit("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, RasterTask, 2, 1)
+        with pytest.raises(PowerCut):
+            fit("cut")
+    again = fit("cut")
+    assert again.trials[0].score == whole.trials[0].score
+    best, expected = (read_checkpoint(tmp_path / name / "lr_0.01" / "best.ckpt") for name in ("cut", "whole"))
+    assert all(torch.equal(best["state_dict"][name], value) for name, value in expected["state_dict"].items())
+    history, other = (
+        [{key: value for key, value in row.items() if key != "seconds"} for row in part["history"]]
+        for part in (best, expected)
+    )
+    assert history == other
+
+
+class Line(Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)])
+
+
+class Slope(L.LightningModule):
+    """Learns nothing and validates alike; remembers what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+        self.history = []
+
+    def training_step(self, batch, index):
+        self.seen.append(batch.flatten().int().tolist())
+        return (self.weight * batch).mean()
+
+    def validation_step(self, batch, index):
+        self.log("score", 0.5)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["history"] = []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit_slope(folder, path=None, **options):
+    task = Slope()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, plugins=[WholeFiles()], max_epochs=9,
+        callbacks=[Patience("score", patience=2, mode="max"), Resumption(), LastCheckpoint(folder)], **options,
+    )  # fmt: skip
+    loader = DataLoader(Line(), 3, sampler=EpochShuffle(10, seed=4))
+    trainer.fit(task, loader, DataLoader(Line(), 10), ckpt_path=path, weights_only=True)
+    return task, trainer
+
+
+def test_a_run_that_had_stopped_stays_stopped(tmp_path):
+    task, trainer = fit_slope(tmp_path)
+    assert trainer.current_epoch == 3
+    assert len(task.seen) == 12
+    task, trainer = fit_slope(tmp_path, str(tmp_path / "last.ckpt"))
+    assert task.seen == []
+
+
+def test_batches_are_those_that_the_loader_gave(tmp_path):
+    task, _ = fit_slope(tmp_path)
+    loader = DataLoader(Line(), 3, sampler=EpochShuffle(10, seed=4))
+    told = [list(samples_of_batch(loader, epoch, batch)) for epoch in range(3) for batch in range(4)]
+    assert told == task.seen
+    mixed = MixedBatches([5, 9], 2, seed=1, rank=0, processes=1)
+    loader = DataLoader(Line(), batch_sampler=mixed)
+    mixed.set_epoch(3)
+    expected = list(mixed)
+    assert [samples_of_batch(loader, 3, batch) for batch in range(len(expected))] == expected
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    left, other = tmp_path / ".last.0123abcd.ckpt", tmp_path / "best.ckpt"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    fit_slope(tmp_path)
+    assert [path.name for path in sorted(Path(tmp_path).iterdir())] == ["best.ckpt", "last.ckpt"]

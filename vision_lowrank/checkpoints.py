@@ -1,0 +1,200 @@
+"""Checkpoints of training: whole or absent on the disk, also within an epoch, and a resumed run that is the same run.
+
+checkpoints/best.ckpt   the epoch with the best value of the metric that the run is judged by
+checkpoints/last.ckpt   the end of the last epoch, or, where epochs are long, a step of this one
+"""
+
+import pickle
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from torchmetrics import Metric
+
+from vision_lowrank.batch_order import choose_epoch
+from vision_lowrank.errors import CheckpointError
+from vision_lowrank.runs import atomic_path, process_rank
+
+# an interruption costs no more work than this
+SAVE_EVERY = timedelta(minutes=10)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint under another name first: Lightning's own writer moves one in from the temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: the disk is full, the folder is read-only, or the like; `filename` is `path`.
+        """
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `last.ckpt` after each epoch, and within an epoch when the last one is `SAVE_EVERY` old.
+
+    Args:
+        folder: where to; unfinished files that a killed run left there are removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "last.ckpt"
+        self._saved = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock and cleans up."""
+        self._saved = time.monotonic()
+        if process_rank() == 0:
+            for left in self.path.parent.glob(".*.ckpt"):
+                left.unlink()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes what the last step led to: at its own end some of its hooks would still be to come."""
+        due = time.monotonic() - self._saved >= SAVE_EVERY.total_seconds()
+        if batch_idx == 0 or not trainer.strategy.broadcast(due):
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        # nothing of this batch has happened yet, and a file that counts it would let a resumed run go astray
+        for counter in (progress.total, progress.current):
+            counter.ready -= 1
+        self._save(trainer)
+        for counter in (progress.total, progress.current):
+            counter.ready += 1
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the end of the whole epoch: the history in the file holds it."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+
+
+class Resumption(Callback):
+    """Lets a resumed run meet the batches that the uninterrupted one met, and count on where it stopped.
+
+    Lightning starts the loader before it tells it the epoch, so that worker processes would fetch the first epoch's
+    batches, and keeps neither the place within an epoch nor what was logged in it. Batches that were trained on are
+    read and dropped. Sums of what was logged are those of one process: where several train, the first epoch after
+    resumption logs the part that process 0 saw, twice over; weights are exact.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the sums of what was logged and scored in this epoch."""
+        # those of a checkpoint that no step has followed are not in the metrics yet
+        checkpoint["sums"] = self._sums or {
+            name: dict(metric.metric_state) for name, metric in _metrics(trainer, pl_module)
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the sums until they can be put back."""
+        self._sums = checkpoint.get("sums", {})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins the epoch's batches anew, where this one is resumed."""
+        loop: Any = trainer.fit_loop
+        if not loop.is_resuming:
+            return
+        within = loop.restarted_mid_epoch
+        if not within:
+            self._sums = {}
+        loader: Any = trainer.train_dataloader
+        choose_epoch(loader, loop.epoch_progress.current.processed)
+        fetcher = loop._data_fetcher
+        iter(fetcher)
+        if within:
+            # the loader is no stateful one, and need not be
+            warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+            for _ in range(loop.epoch_loop.batch_progress.current.completed):
+                next(fetcher.iterator)
+            # Lightning leaves this hook out of an epoch that it resumes
+            pl_module.on_train_epoch_start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds the sums after the first step, which makes the metrics of what is logged."""
+        if not self._sums:
+            return
+        for name, metric in _metrics(trainer, pl_module):
+            for part, value in self._sums.get(name, {}).items():
+                setattr(metric, part, getattr(metric, part) + value.to(metric.device))
+        self._sums = {}
+
+
+class Patience(EarlyStopping):
+    """Stops at once when a run is resumed that had stopped before: Lightning's own would train one more epoch."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops where training had."""
+        if self.stopped_epoch:
+            trainer.should_stop = True
+
+
+def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint, LastCheckpoint]:
+    """Returns what writes `checkpoints/best.ckpt`, by a metric that is to be "min" or "max", and `last.ckpt`."""
+    place = folder / "checkpoints"
+    return best_checkpoint(place, monitor, mode), LastCheckpoint(place)
+
+
+def best_checkpoint(folder: Path, monitor: str, mode: str, save_weights_only: bool = False) -> ModelCheckpoint:
+    """Returns what writes `best.ckpt` into a folder, see `checkpoints`."""
+    return ModelCheckpoint(
+        *(folder, "best", monitor),
+        mode=mode,
+        save_weights_only=save_weights_only,
+        enable_version_counter=False,
+        # at the end of the whole epoch, so that the history in the file holds it
+        save_on_train_epoch_end=True,
+    )
+
+
+def read_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
+    """Reads a Lightning checkpoint of ours; nothing in it is executed.
+
+    Args:
+        path: file.
+        needed: entries that tell which task it is of.
+
+    Raises:
+        CheckpointError: it is missing or damaged, holds code, or is of another task.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path}: not found; give a run's checkpoints/last.ckpt") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: damaged, or holds objects other than tensors and numbers, which could be code; it is "
+            "not loaded: take the last.ckpt of a run of this project"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged ({error}); take an older one or start anew") from error
+    if not isinstance(content, dict) or not {"state_dict", "history", *needed} <= content.keys():
+        raise CheckpointError(f"checkpoint {path}: not of this task; give the checkpoints/last.ckpt of a run of it")
+    return content
+
+
+def _metrics(trainer: L.Trainer, task: L.LightningModule) -> Iterator[tuple[str, Metric]]:
+    """Yields what adds up over an epoch, by name: metrics of the task, and what is logged while training."""
+    for name, module in task.named_modules():
+        if isinstance(module, Metric):
+            yield name, module
+    logged: Mapping[str, Any] = trainer.fit_loop.epoch_loop._results
+    for name, value in logged.items():
+        yield f"logged {name}", value

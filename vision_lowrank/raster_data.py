@@ -1,0 +1,109 @@
+"""Tasks as a benchmark measures them: fetched and read through, cut and enlarged as published, seen by some bands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vision_lowrank.data.download import fetch
+from vision_lowrank.data.image_tasks import TaskData, open_task, read_through
+from vision_lowrank.data.task_cards import load_task_card
+from vision_lowrank.data.task_views import crop_middle, enlarge, select_bands
+from vision_lowrank.errors import ConfigError, DataError
+from vision_lowrank.instantiate import instantiate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task with the sets to test on, by what is added to the name of the split."""
+
+    data: TaskData
+    tests: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a benchmark.
+
+    Args:
+        tasks: names or paths of cards; or by name what `instantiate` makes a `TaskData` of, given a seed.
+        options: `root`, `split`, `fractions`, `bands` and `num_workers` as in `configs/benchmark/gfm_bench.yaml`.
+    """
+
+    tasks: Any
+    options: Mapping[str, Any]
+
+    @property
+    def fractions(self) -> list[float | None]:
+        """Shares of the training samples to measure with, None for the published one."""
+        return self.options["fractions"] or [None]
+
+    def share(self, name: str, fraction: float | None) -> float:
+        """Returns the share of the training samples of a task."""
+        if fraction is not None or isinstance(self.tasks, Mapping):
+            return 1.0 if fraction is None else fraction
+        return load_task_card(name).protocol.train_fraction
+
+    def open(self, name: str, fraction: float | None, seed: int) -> Opened:
+        """Opens a task by its card, or as the configuration describes it.
+
+        Raises:
+            VisionLowRankError: an option does not suit the task, or its files are missing or contradict the card.
+        """
+        if isinstance(self.tasks, Mapping):
+            if fraction is not None:
+                wanted = self.options["fractions"]
+                raise ConfigError(f"benchmark.fractions={wanted}: task {name} has none; use cards of tasks")
+            data: TaskData = instantiate(self.tasks[name], seed=seed)
+        else:
+            card = load_task_card(name)
+            data = open_task(card, self.options["root"], self.options["split"], self.share(name, fraction), seed)
+            published = card.protocol
+            if card.side is None or published.crop < card.side:
+                data = crop_middle(data, published.crop)
+            if published.scale > 1:
+                data = enlarge(data, published.scale)
+        bands = self.options["bands"]
+        if bands is None:
+            return Opened(data, {"": data.test})
+        seen = select_bands(data, bands["train"])
+        trained = "{:g}-{:g} nm".format(*bands["train"])
+        tests = {f", {trained} only": seen.test}
+        for limits in bands["test"]:
+            tests[", {} to {:g}-{:g} nm".format(trained, *limits)] = select_bands(data, limits).test
+        return Opened(seen, tests)
+
+    def prepare(self, name: str, seed: int, neighbours: int) -> Opened:
+        """Fetches what is missing of a task and opens it with every share of the labels; returns the first.
+
+        Args:
+            name: of the task.
+            seed: see `open`.
+            neighbours: training images that an image is compared with at most.
+
+        Raises:
+            VisionLowRankError: see `open`; or files cannot be fetched, or there are too few samples.
+        """
+        if not isinstance(self.tasks, Mapping):
+            fetch(load_task_card(name), self.options["root"])
+        opened = [self.open(name, fraction, seed) for fraction in self.fractions]
+        for fraction, one in zip(self.fractions, opened, strict=True):
+            count = len(one.data.train)
+            if one.data.kind != "segmentation" and count < neighbours:
+                raise ConfigError(
+                    f"benchmark.protocols.knn.neighbours has {neighbours}: {name} has {count} training images at a "
+                    f"share of {self.share(name, fraction):g}; take fewer neighbours or a larger share"
+                )
+        if len(np.unique(opened[0].data.test.groups)) < 2:
+            raise DataError(f"{name}: all test samples are of one group, so no interval can be drawn; add test images")
+        return opened[0]
+
+    def read_through(self, name: str) -> None:
+        """Reads every tile of a task that has a card, once, whatever share of them is used.
+
+        Raises:
+            DataError: a tile or label map is damaged or contradicts the card.
+        """
+        if not isinstance(self.tasks, Mapping):
+            read_through(load_task_card(name), self.options["root"], self.options["num_workers"])
