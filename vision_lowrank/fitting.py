@@ -26,6 +26,7 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.loss_watch import LossWatch
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.less_vit import LessViT
+from vision_lowrank.models.saved import load_saved
 from vision_lowrank.reporting import save_training_curves
 from vision_lowrank.runs import atomic_folder, process_rank, write_csv
 from vision_lowrank.tasks.adapter_training import (
@@ -266,7 +267,7 @@ def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
         parts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # a segmentation model's settings hold those of its encoder
         kind = LessViT if isinstance(model, LessSegmentation) and "encoder" not in parts else type(model)
-        base: Any = kind.from_pretrained(folder, local_files_only=True, strict=True)
+        base: Any = load_saved(kind, folder)
     except Exception as error:
         raise CheckpointError(f"base {folder}: cannot be loaded as {type(model).__name__} ({error})") from error
     if isinstance(model, LessSegmentation):

@@ -14,6 +14,7 @@ from vision_lowrank.data.sprites import SHEET, SPRITES
 from vision_lowrank.errors import CheckpointError
 from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
 from vision_lowrank.instantiate import instantiate
+from vision_lowrank.models.saved import load_saved
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
 from vision_lowrank.plots.confusion import save_confusion
 from vision_lowrank.precision import choose_precision
@@ -91,7 +92,7 @@ def load_classifier(folder: str | Path) -> SpriteClassifier:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder `model` of a run of sprites_classifier")
     try:
-        model: SpriteClassifier = SpriteClassifier.from_pretrained(folder, local_files_only=True, strict=True)
+        model: SpriteClassifier = load_saved(SpriteClassifier, folder)
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be loaded as a classifier of sprites ({error})") from error
     return model.eval()

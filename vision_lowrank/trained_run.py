@@ -22,6 +22,7 @@ from vision_lowrank.data.scene import open_scene
 from vision_lowrank.errors import AdapterError, CheckpointError, DataError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.models.heads import LessSegmentation
+from vision_lowrank.models.saved import load_saved
 
 NEEDED = ("config.yaml", "preprocessing.safetensors", "model/config.json", "model/model.safetensors")
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
@@ -102,7 +103,7 @@ def _load_model(folder: Path, adapted: bool) -> LolaSpecViT | LessSegmentation:
         settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
         kind = LessSegmentation if "encoder" in settings else LolaSpecViT
         # without `strict`, the hub's mixin leaves random what the file lacks
-        model: Any = kind.from_pretrained(place, local_files_only=True, strict=True)
+        model: Any = load_saved(kind, place)
     except Exception as error:
         raise CheckpointError(
             f"weights {place}: cannot be loaded as LoLA-SpecViT or LESS ViT segmentation ({error}); give a run of one"

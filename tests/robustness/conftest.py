@@ -8,7 +8,7 @@ from forks import Forks
 SIDE, BANDS, CLASSES = 24, 8, 3
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks():
     server = Forks()
     yield server

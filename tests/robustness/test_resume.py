@@ -50,7 +50,6 @@ def run(repository, root, *overrides):
 @pytest.mark.parametrize(
     ("kind", "workers", "epoch", "batch"),
     [
-        ("scene", 0, 1, 3),
         # worker processes are ahead of the training
         ("scene", 2, 1, 3),
         ("scene", 2, 2, 0),

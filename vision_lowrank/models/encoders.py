@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models.less_vit import LessViT
+from vision_lowrank.models.saved import load_saved
 
 # (width, depth, heads) of the LESS ViTs that have names
 _SIZES = {(192, 12, 3): "less_vit_tiny", (384, 12, 6): "less_vit_small", (768, 12, 12): "less_vit_base"}
@@ -137,8 +138,7 @@ def _read_less(weights: str, model: LessViT | None) -> LessViT:
             "`encoder` in the run of a pretraining"
         )
     try:
-        # without `strict`, the hub's mixin leaves random what the file lacks
-        loaded: LessViT = LessViT.from_pretrained(weights, local_files_only=True, strict=True)
+        loaded: LessViT = load_saved(LessViT, weights)
     except Exception as error:
         raise CheckpointError(
             f"weights {weights}: cannot be loaded as LessViT ({error}); give a folder of LessViT.save_pretrained"
