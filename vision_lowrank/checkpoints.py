@@ -21,7 +21,7 @@ from torchmetrics import Metric
 
 from vision_lowrank.batch_order import choose_epoch
 from vision_lowrank.errors import CheckpointError
-from vision_lowrank.runs import atomic_path, process_rank
+from vision_lowrank.runs import atomic_path, process_rank, remove_leftovers
 
 # an interruption costs no more work than this
 SAVE_EVERY = timedelta(minutes=10)
@@ -44,19 +44,20 @@ class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` after each epoch, and within an epoch when the last one is `SAVE_EVERY` old.
 
     Args:
-        folder: where to; unfinished files that a killed run left there are removed.
+        folder: where to.
+        run: folder of the run, in which unfinished files of one that was killed are removed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: Path) -> None:
         self.path = folder / "last.ckpt"
+        self.run = run
         self._saved = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock and cleans up."""
-        self._saved = time.monotonic()
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Cleans up, and starts the clock."""
         if process_rank() == 0:
-            for left in self.path.parent.glob(".*.ckpt"):
-                left.unlink()
+            remove_leftovers(self.run)
+        self._saved = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -149,7 +150,7 @@ class Patience(EarlyStopping):
 def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint, LastCheckpoint]:
     """Returns what writes `checkpoints/best.ckpt`, by a metric that is to be "min" or "max", and `last.ckpt`."""
     place = folder / "checkpoints"
-    return best_checkpoint(place, monitor, mode), LastCheckpoint(place)
+    return best_checkpoint(place, monitor, mode), LastCheckpoint(place, folder)
 
 
 def best_checkpoint(folder: Path, monitor: str, mode: str, save_weights_only: bool = False) -> ModelCheckpoint:

@@ -219,7 +219,7 @@ class _Fit:
 
     def _fit(self, task: RasterTask, run: Path) -> None:
         best = best_checkpoint(run, CHOICE, "max", save_weights_only=True)
-        trainer = self.trainer([best, LastCheckpoint(run), Resumption()])
+        trainer = self.trainer([best, LastCheckpoint(run, run), Resumption()])
         last = run / "last.ckpt"
         if last.exists():
             read_checkpoint(last, "raster")

@@ -27,6 +27,8 @@ from vision_lowrank.errors import ConfigError
 
 # rank 0 of a distributed run tells the processes that it starts where to write
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
+# names of `_temporary`
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.\w+)?")
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
 
@@ -45,7 +47,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         OSError: the disk is full, the folder is read-only, or the like; `filename` is `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -74,7 +76,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         OSError: as for `atomic_path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -85,6 +87,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files and folders that killed writers left anywhere in a folder."""
+    for path in sorted(folder.rglob(".*")):
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -175,6 +192,8 @@ def open_run(config: DictConfig, precision: str) -> Path:
     now = _settings(config)
     if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         raise ConfigError(f"resume={config.resume}: that run differs in {', '.join(changed)}; give the same options")
+    if process_rank() == 0:
+        remove_leftovers(path.parent)
     return path.parent
 
 

@@ -156,7 +156,7 @@ def test_killed_training_ends_as_the_undisturbed_one(forks, tmp_path, overrides,
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
         metrics = [json.loads((path / "metrics.json").read_text()) for path in (folder, whole)]
         assert untimed(metrics[0]) == untimed(metrics[1])
-        assert not list((folder / "checkpoints").glob(".*"))
+        assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.parametrize("trials", TRIALS)

@@ -1,7 +1,8 @@
 """Training stopped within an epoch, or at its end, goes on as if it had never been stopped."""
 
+import subprocess
+import sys
 from datetime import timedelta
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -153,7 +154,7 @@ def fit_slope(folder, path=None, **options):
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, plugins=[WholeFiles()], max_epochs=9,
-        callbacks=[Patience("score", patience=2, mode="max"), Resumption(), LastCheckpoint(folder)], **options,
+        callbacks=[Patience("score", patience=2, mode="max"), Resumption(), LastCheckpoint(folder, folder)], **options,
     )  # fmt: skip
     loader = DataLoader(Line(), 3, sampler=EpochShuffle(10, seed=4))
     trainer.fit(task, loader, DataLoader(Line(), 10), ckpt_path=path, weights_only=True)
@@ -181,8 +182,16 @@ def test_batches_are_those_that_the_loader_gave(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
-    left, other = tmp_path / ".last.0123abcd.ckpt", tmp_path / "best.ckpt"
-    for path in (left, other):
-        path.write_bytes(b"half")
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom vision_lowrank.runs import atomic_folder, atomic_path\n"
+        "run = Path(sys.argv[1])\n"
+        "with atomic_folder(run / 'model') as folder, atomic_path(run / 'a.ckpt') as file:\n"
+        "    (folder / 'weights').touch(); file.touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    kept = [tmp_path / name for name in (".gitignore", ".notes.2024abcd", "best.ckpt")]
+    for path in kept:
+        path.touch()
     fit_slope(tmp_path)
-    assert [path.name for path in sorted(Path(tmp_path).iterdir())] == ["best.ckpt", "last.ckpt"]
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "last.ckpt"])
