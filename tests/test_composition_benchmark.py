@@ -21,24 +21,27 @@ from vision_lowrank.models.sprite_classifier import Found
 from vision_lowrank.runs import write_json
 
 CONCEPTS = sorted(HELD_OUT)
+SIZES = {2: (28, 36), 3: (26, 30), 4: (24, 28)}
 
 
 def test_scenes_are_drawn_apart_and_by_seed():
-    scenes = draw_scenes({2: 10, 3: 10, 4: 10}, CONCEPTS, seed=0)
+    scenes = draw_scenes({2: 10, 3: 10, 4: 10}, SIZES, 2, CONCEPTS, seed=0)
     assert [len(scene.placed) for scene in scenes] == [2] * 10 + [3] * 10 + [4] * 10
     assert len({scene.name for scene in scenes}) == 30
     for scene in scenes:
         cover = np.zeros((SIDE, SIDE), int)
         for name, (top, left, bottom, right) in scene.asked:
             assert name in HELD_OUT
-            cover[top:bottom, left:right] += 1
-            assert bottom - top == right - left >= 20
+            # two pixels more, so that neighbours two apart touch
+            cover[top : bottom + 2, left : right + 2] += 1
+            smallest, largest = SIZES[len(scene.placed)]
+            assert smallest <= bottom - top == right - left <= largest
         assert cover.max() == 1
         names = [item.name for item in scene.placed]
         assert len(set(names)) == len(names)
-    assert scenes == draw_scenes({2: 10, 3: 10, 4: 10}, CONCEPTS, seed=0)
-    assert scenes != draw_scenes({2: 10, 3: 10, 4: 10}, CONCEPTS, seed=1)
-    drawn = [item.name for scene in draw_scenes({2: 400}, CONCEPTS, seed=0) for item in scene.placed]
+    assert scenes == draw_scenes({2: 10, 3: 10, 4: 10}, SIZES, 2, CONCEPTS, seed=0)
+    assert scenes != draw_scenes({2: 10, 3: 10, 4: 10}, SIZES, 2, CONCEPTS, seed=1)
+    drawn = [item.name for scene in draw_scenes({2: 400}, SIZES, 2, CONCEPTS, seed=0) for item in scene.placed]
     counts = np.unique(drawn, return_counts=True)[1]
     assert len(counts) == len(CONCEPTS)
     # 800 draws of 8 concepts; five standard deviations
@@ -115,7 +118,7 @@ class Witness:
 
 def test_the_table_says_what_the_pictures_show(configure, monkeypatch, world):
     witness = Witness()
-    scenes = {scene.name: scene for scene in draw_scenes({2: 8}, CONCEPTS, seed=0)}
+    scenes = {scene.name: scene for scene in draw_scenes({2: 8}, SIZES, 2, CONCEPTS, seed=0)}
 
     def paint(pipeline, jobs, device, devices, precision):
         for job in jobs:

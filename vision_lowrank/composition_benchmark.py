@@ -72,15 +72,25 @@ class Drawn:
         return [(item.name, (item.top, item.left, item.top + item.size, item.left + item.size)) for item in self.placed]
 
 
-def draw_scenes(counts: Mapping[int, int], concepts: Sequence[str], seed: int) -> list[Drawn]:
-    """Draws so many scenes of each number of concepts, each a concept once and apart from the others."""
+def draw_scenes(
+    counts: Mapping[int, int], sizes: Mapping[int, tuple[int, int]], gap: int, concepts: Sequence[str], seed: int
+) -> list[Drawn]:
+    """Draws scenes in which each concept is at most once, and apart from the others.
+
+    Args:
+        counts: number of scenes by number of concepts.
+        sizes: smallest and largest side of a box in pixels by number of concepts.
+        gap: pixels between boxes.
+        concepts: names to choose from.
+        seed: of all that is random.
+    """
     generator = np.random.default_rng([seed, 4])
     scenes = []
     for concepts_in_scene, count in counts.items():
         for index in range(count):
             names = generator.choice(sorted(concepts), concepts_in_scene, replace=False).tolist()
             background = str(generator.choice(list(BACKGROUNDS)))
-            placed = lay_out(names, generator, overlap=0)
+            placed = lay_out(names, generator, sizes[concepts_in_scene], overlap=0, gap=gap)
             scenes.append(Drawn(f"{concepts_in_scene}concepts{index:03d}", background, placed))
     return scenes
 
@@ -120,12 +130,16 @@ def run_composition(config: DictConfig) -> Path:
     concepts = sorted(path.stem for path in (world / "loras").glob("*.safetensors") if path.stem in HELD_OUT)
     if len(concepts) < max(options["scenes"]):
         raise ConfigError(f"{world / 'loras'} has LoRAs of {len(concepts)} held-out sprites; a scene needs more")
+    if unsized := set(options["scenes"]) - set(options["sizes"]):
+        raise ConfigError(
+            f"benchmark.sizes has no sizes of boxes for scenes of {', '.join(map(str, unsized))} concepts"
+        )
     if strange := set(options["sheet"]) - set(options["variants"]):
         raise ConfigError(f"benchmark.sheet names {', '.join(sorted(strange))}, which is no row of benchmark.variants")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     pipeline = load_base(str(world / "pipeline"), device=device)
-    drawn = draw_scenes(options["scenes"], concepts, config.seed)
+    drawn = draw_scenes(options["scenes"], options["sizes"], options["gap"], concepts, config.seed)
     folder = open_run(config, precision)
     jobs = _jobs(folder, drawn, world, options, pipeline)
     run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices, precision)

@@ -111,6 +111,11 @@ def run_text_to_image(config: DictConfig) -> Path:
     data: L.LightningDataModule = instantiate(config.data)
     concept = config.get("concept")
     pipeline = _build(config) if concept is None else _prepare(config, concept)
+    if not torch.cuda.is_available():
+        from diffusers.models.attention_processor import AttnProcessor
+
+        # on CPUs the fused attention takes longer backwards: a step of the base 0.55 s against 0.44 s
+        pipeline.unet.set_attn_processor(AttnProcessor())
     task: TextToImage = instantiate(config.task, pipeline=pipeline)
     if config.ckpt_path is None:
         folder = start_run(config, precision, {SHEET.name: hashlib.sha256(SHEET.read_bytes()).hexdigest()})

@@ -19,10 +19,12 @@ from vision_lowrank.data.sprites import (
     Picture,
     Placed,
     concept_pictures,
+    concept_words,
     draw,
     lay_out,
     make_picture,
     sprite,
+    vary_caption,
 )
 
 
@@ -93,7 +95,7 @@ class SpriteDataModule(L.LightningDataModule):
 
 
 class ConceptDataModule(L.LightningDataModule):
-    """A few pictures of a held-out sprite, over and over.
+    """A few pictures of a held-out sprite, over and over, with captions that vary.
 
     Args:
         concept: name of the sprite.
@@ -103,7 +105,7 @@ class ConceptDataModule(L.LightningDataModule):
         seed: of the pictures and of their order.
     """
 
-    def __init__(self, concept: str, images: int = 12, batch_size: int = 8, steps: int = 100, seed: int = 0) -> None:
+    def __init__(self, concept: str, images: int = 20, batch_size: int = 8, steps: int = 100, seed: int = 0) -> None:
         super().__init__()
         self.pictures = concept_pictures(concept, images, seed)
         self.batch_size = batch_size
@@ -117,7 +119,13 @@ class ConceptDataModule(L.LightningDataModule):
         rounds = -(-self.batch_size * self.steps // len(self.pictures))
         order = np.concatenate([generator.permutation(len(self.pictures)) for _ in range(rounds)])
         chosen = [self.pictures[index] for index in order[: self.batch_size * self.steps]]
-        samples = [{"image": to_tensor(picture.image), "caption": picture.caption} for picture in chosen]
+        samples = [
+            {
+                "image": to_tensor(picture.image),
+                "caption": vary_caption(picture.sprites, picture.background, generator, concept_words),
+            }
+            for picture in chosen
+        ]
         return DataLoader(samples, self.batch_size)  # type: ignore[arg-type]  # a list is a map-style dataset
 
 

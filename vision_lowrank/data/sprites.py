@@ -47,6 +47,8 @@ PLACES = (
 LARGEST = {1: SIDE, 2: 40, 3: 30, 4: 28}
 # share of the smaller sprite that a neighbour may cover
 OVERLAP = 0.1
+# places that are tried for a sprite before the layout begins anew
+TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -157,37 +159,56 @@ def draw(background: str, sprites: Sequence[Placed], generator: np.random.Genera
     return np.rint(255 * picture).astype(np.uint8)
 
 
-def lay_out(names: Sequence[str], generator: np.random.Generator, overlap: float = OVERLAP) -> tuple[Placed, ...]:
+def lay_out(
+    names: Sequence[str],
+    generator: np.random.Generator,
+    sizes: tuple[int, int] | None = None,
+    overlap: float = OVERLAP,
+    gap: int = 0,
+) -> tuple[Placed, ...]:
     """Returns a random size and place for each of at most four sprites, hardly any over another.
 
     Args:
         names: of the sprites.
         generator: source of all that is random.
+        sizes: smallest and largest side in pixels; by default `SMALLEST` and `LARGEST`.
         overlap: share of the smaller sprite that a neighbour may cover.
+        gap: pixels by which each sprite counts as larger when neighbours are compared; with an overlap of 0 they are at
+            least so far apart, along one of the sides.
 
     Raises:
-        ConfigError: there are no sprites, or too many.
+        ConfigError: there are no sprites, too many, or they cannot be so large and so far apart.
     """
     if len(names) not in LARGEST:
         raise ConfigError(f"{len(names)} sprites do not fit a picture; give 1 to {max(LARGEST)}")
+    smallest, largest = sizes or (SMALLEST, LARGEST[len(names)])
+    most = SIDE if len(names) == 1 else (SIDE - gap) // 2
+    if not 1 <= smallest <= largest <= SIDE or (overlap == 0 and smallest > most):
+        raise ConfigError(
+            f"sprites of {smallest} to {largest} pixels, {gap} apart: a picture has {SIDE}, so give sizes up to {most}"
+        )
     placed: list[Placed] = []
     while len(placed) < len(names):
         # the whole layout anew, since the first sprites may leave no room for the last
         placed = []
         for name in names:
-            size = int(generator.integers(SMALLEST, LARGEST[len(names)] + 1))
-            top, left = (int(edge) for edge in generator.integers(0, SIDE - size + 1, 2))
-            item = Placed(name, top, left, size)
-            if any(_covered(item, other) > overlap for other in placed):
+            for _ in range(TRIES):
+                size = int(generator.integers(smallest, largest + 1))
+                top, left = (int(edge) for edge in generator.integers(0, SIDE - size + 1, 2))
+                item = Placed(name, top, left, size)
+                if all(_covered(item, other, gap) <= overlap for other in placed):
+                    placed.append(item)
+                    break
+            else:
                 break
-            placed.append(item)
     return tuple(placed)
 
 
-def _covered(one: Placed, other: Placed) -> float:
-    """Returns the common share of the smaller of two sprites' squares."""
+def _covered(one: Placed, other: Placed, gap: int) -> float:
+    """Returns the common share of the smaller of two sprites' squares, each larger by the gap on one side."""
     height, width = (
-        max(0, min(a + one.size, b + other.size) - max(a, b)) for a, b in ((one.top, other.top), (one.left, other.left))
+        max(0, min(a + one.size, b + other.size) - max(a, b) + gap)
+        for a, b in ((one.top, other.top), (one.left, other.left))
     )
     return height * width / min(one.size, other.size) ** 2
 
@@ -221,8 +242,6 @@ def make_picture(
 ) -> Picture:
     """Returns a random picture of one to three different sprites.
 
-    Half of the captions tell places, nine of ten the background.
-
     Args:
         generator: source of all that is random.
         names: sprites to choose from.
@@ -232,16 +251,25 @@ def make_picture(
     chosen = [names[index] for index in generator.choice(len(names), count, replace=False)]
     background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
     placed = lay_out(chosen, generator)
-    caption = write_caption(
-        placed, background if generator.random() < 0.9 else None, places=bool(generator.random() < 0.5)
-    )
+    caption = vary_caption(placed, background, generator)
     return Picture(draw(background, placed, generator), caption, background, placed)
+
+
+def vary_caption(
+    sprites: Sequence[Placed],
+    background: str,
+    generator: np.random.Generator,
+    call: Callable[[str], str] | None = None,
+) -> str:
+    """Returns a caption as `write_caption` does; half of them tell places, nine of ten the background."""
+    told = background if generator.random() < 0.9 else None
+    return write_caption(sprites, told, places=bool(generator.random() < 0.5), call=call)
 
 
 def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
     """Returns pictures of one held-out sprite as a user would collect them, captioned "<fox1> <fox2> on grass".
 
-    Sizes are spread evenly, backgrounds follow one another.
+    Sizes are spread evenly up to three quarters of the picture, backgrounds follow one another.
 
     Raises:
         ConfigError: the sprite is not held out.
@@ -251,7 +279,7 @@ def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
     generator = np.random.default_rng([seed, SPRITES.index(name)])
     backgrounds = generator.permutation(list(BACKGROUNDS))
     pictures = []
-    for index, size in enumerate(generator.permutation(np.linspace(SMALLEST, SIDE, count).round())):
+    for index, size in enumerate(generator.permutation(np.linspace(SMALLEST, 3 * SIDE // 4, count).round())):
         background = str(backgrounds[index % len(backgrounds)])
         top, left = (int(edge) for edge in generator.integers(0, SIDE - int(size) + 1, 2))
         placed = (Placed(name, top, left, int(size)),)
