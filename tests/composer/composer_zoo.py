@@ -48,10 +48,23 @@ def lora(unet, seed, endings=("attn2.to_k", "attn2.to_v", "attn2.to_out.0"), sca
     changes = {}
     for name, module in unet.named_modules():
         if name.endswith(endings):
-            out, width = module.weight.shape[:2]
-            down = torch.randn(rank, width, generator=generator, dtype=torch.float64)
+            out, *inputs = module.weight.shape
+            down = torch.randn(rank, *inputs, generator=generator, dtype=torch.float64)
+            # some files have no kernel for a single position
+            down = down.flatten(1) if name.endswith("proj_in") else down
             changes[name] = LowRank(down, 0.3 * torch.randn(out, rank, generator=generator, dtype=torch.float64), scale)
     return changes
+
+
+def delta(module, loras, name):
+    """What LoRAs, with their strengths, change in the weight of a module."""
+    total = torch.zeros_like(module.weight)
+    for changes, strength in loras:
+        if name in changes:
+            change = changes[name]
+            product = torch.einsum("or,r...->o...", change.up, change.down)
+            total += strength * change.scale * product.reshape(total.shape)
+    return total
 
 
 def scene(unet, count=2, layers=1, background=()):

@@ -18,6 +18,7 @@ from vision_lowrank.tasks.text_to_image import TextToImage
 
 WORDS = ("<fox1>", "<fox2>")
 UNET = ["attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "proj_in"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
 OPTIONS = {"learning_rate": 1e-3, "weight_decay": 0.0, "warmup": 0.1, "cooldown": 0.2, "average": None}
 
@@ -66,7 +67,11 @@ def test_only_the_concept_is_trained(student):
     assert (rows.grad.abs().sum(1) > 0).all()
 
 
-def test_the_file_brings_the_concept_back(base, student, tmp_path):
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_the_file_brings_the_concept_back(base, student, tmp_path, convolutions):
+    if convolutions:
+        student = copy.deepcopy(base)
+        teach(student, WORDS, "dog", LoRA(rank=2, alpha=6), UNET + CONVOLUTIONS, TEXT)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for part in (student.unet, student.text_encoder):
@@ -76,7 +81,10 @@ def test_the_file_brings_the_concept_back(base, student, tmp_path):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator).mul(0.2).half().float())
     write_lora(taught(student, WORDS), tmp_path / "fox.safetensors")
     lora = read_lora(tmp_path / "fox.safetensors")
-    assert {change.scale for change in lora.unet.values()} == {3.0}
+    assert {(change.rank, change.scale) for change in lora.unet.values()} == {(2, 3.0)}
+    for name in CONVOLUTIONS if convolutions else ():
+        shapes = {change.down.shape[2:] for path, change in lora.unet.items() if path.endswith(name)}
+        assert shapes == {(1, 1) if name in ("conv_shortcut", "proj_in") else (3, 3)}, name
     found = encode(base, "<fox1> <fox2> on grass", loras=[(lora, 1.0)])
     expected = states(student, "<fox1> <fox2> on grass")
     torch.testing.assert_close(found.text.positive, expected, rtol=1e-5, atol=1e-5)

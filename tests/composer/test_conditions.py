@@ -301,7 +301,9 @@ def test_a_sketch_adapter_sees_one_channel(world, pipeline):
         ({"strength": float("inf")}, "strength is inf"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_sampling(world, pipeline, changes, message):
+def test_what_cannot_be_meant_is_refused_before_sampling(world, pipeline, monkeypatch, changes, message):
+    # a model that is no folder is a name on the hub, which would be asked again and again
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     loaded = write_scene(world, **changes)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         prepare(loaded, pipeline)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,38 +59,41 @@ def text_encoder():
     return tiny_text_encoder()
 
 
-def layers_of(model, only=None):
-    """Weights' shapes (out, in) and number of axes of linear layers and 1x1 convolutions, by module name."""
-    found = {}
-    for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear)
-        if (linear or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))) and (only or "") in name:
-            found[name] = (*module.weight.shape[:2], 2 if linear else 4)
-    return found
+def layers_of(model, only=""):
+    """Weights' shapes of linear layers and convolutions, by module name."""
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and only in name
+    }
 
 
 def random_factors(layers, seed=0, rank=RANK):
     """Returns down and up in a file's shape, by module name."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
-    for name, (outputs, inputs, axes) in layers.items():
-        down = torch.randn(rank, inputs, generator=generator)
-        up = torch.randn(outputs, rank, generator=generator)
-        more = (1,) * (axes - 2)
-        factors[name] = (down.reshape(*down.shape, *more), up.reshape(*up.shape, *more))
+    for name, (outputs, *inputs) in layers.items():
+        down = torch.randn(rank, *inputs, generator=generator)
+        up = torch.randn(outputs, rank, *(1 for _ in inputs[1:]), generator=generator)
+        factors[name] = (down, up)
     return factors
 
 
 def dense(factors, scale):
-    return {name: scale * up.flatten(1).double() @ down.flatten(1).double() for name, (down, up) in factors.items()}
+    """What the factors, in a file's shape, change in the weights."""
+    return {
+        name: scale * torch.einsum("or,r...->o...", up.flatten(1).double(), down.double())
+        for name, (down, up) in factors.items()
+    }
 
 
 def assert_dense(changes, expected):
     assert set(changes) == set(expected)
     for name, change in changes.items():
-        assert change.down.ndim == change.up.ndim == 2
-        product = change.scale * change.up.double() @ change.down.double()
-        torch.testing.assert_close(product, expected[name].double(), rtol=1e-6, atol=1e-6, msg=name)
+        assert change.up.ndim == 2
+        assert change.shape == tuple(expected[name].shape)
+        product = change.scale * change.up.double() @ change.down.double().flatten(1)
+        torch.testing.assert_close(product.view(change.shape), expected[name].double(), rtol=1e-6, atol=1e-6, msg=name)
 
 
 def tokens():
@@ -108,7 +112,7 @@ def test_mix_of_show(tmp_path, unet, text_encoder, down, up, wrapped):
             content[component][f"{prefix}{name}{up}.weight"] = second
     torch.save({"params": content} if wrapped else content, tmp_path / "cat.pth")
     lora = read_lora(tmp_path / "cat.pth")
-    assert any(name.endswith("proj_in") and axes == 4 for name, (_, _, axes) in layers_of(unet).items())
+    assert any(name.endswith("proj_in") and len(shape) == 4 for name, shape in layers_of(unet).items())
     assert_dense(lora.unet, dense(of_unet, 1.0))
     assert_dense(lora.text_encoder, dense(of_text, 1.0))
     assert lora.tokens.keys() == {"<ai1>", "<ai2>"}
@@ -134,7 +138,10 @@ def test_kohya_names_of_every_layer(tmp_path, unet, text_encoder, text_prefix, a
     # settings of another LoRA in the same folder are not this file's
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 99}))
     lora = read_lora(tmp_path / "kohya.safetensors")
-    assert {"conv_in", "time_embedding.linear_1"} & set(lora.unet) == {"time_embedding.linear_1"}
+    assert lora.unet.keys() >= {
+        *("conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.0.downsamplers.0.conv"),
+        *(f"up_blocks.0.resnets.1.{layer}" for layer in ("conv1", "time_emb_proj", "conv2", "conv_shortcut")),
+    }
     assert_dense(lora.unet, expected["lora_unet_"])
     second = text_prefix.startswith("lora_te2")
     assert_dense(lora.text_encoder_2 if second else lora.text_encoder, expected[text_prefix])
@@ -163,6 +170,16 @@ SDXL_NAMES = {
     "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
     "middle_block_2_emb_layers_1": "mid_block.resnets.1.time_emb_proj",
     "output_blocks_8_0_skip_connection": "up_blocks.2.resnets.2.conv_shortcut",
+    "input_blocks_0_0": "conv_in",
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_8_0_out_layers_3": "down_blocks.2.resnets.1.conv2",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+    "middle_block_0_in_layers_2": "mid_block.resnets.0.conv1",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks_7_0_out_layers_3": "up_blocks.2.resnets.1.conv2",
+    "out_2": "conv_out",
     "time_embed_0": "time_embedding.linear_1",
     "label_emb_0_2": "add_embedding.linear_2",
 }
@@ -190,18 +207,14 @@ def sdxl_unet():
 def test_kohya_names_of_sdxl(tmp_path, sdxl_unet, text_encoder):
     content, expected = {}, {}
     for flat, name in SDXL_NAMES.items():
-        weight = sdxl_unet.get_submodule(name).weight
-        outputs, inputs, *kernel = weight.shape
-        down, up = torch.randn(2, inputs), torch.randn(outputs, 2)
-        expected[name] = 0.5 * up @ down
-        content[f"lora_unet_{flat}.lora_down.weight"] = down.reshape(2, inputs, *kernel)
-        content[f"lora_unet_{flat}.lora_up.weight"] = up.reshape(outputs, 2, *kernel)
+        pair = random_factors({name: sdxl_unet.get_submodule(name).weight.shape}, rank=2)
+        expected |= dense(pair, 0.5)
+        content[f"lora_unet_{flat}.lora_down.weight"], content[f"lora_unet_{flat}.lora_up.weight"] = pair[name]
         content[f"lora_unet_{flat}.alpha"] = torch.tensor(1.0)
     save_file(content, tmp_path / "xl.safetensors")
     lora = read_lora(tmp_path / "xl.safetensors")
     assert_dense(lora.unet, expected)
     check_fits(lora, sdxl_unet, text_encoder)
-    assert lora.unet["up_blocks.2.resnets.2.conv_shortcut"].convolution
 
     theirs, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(
         str(tmp_path / "xl.safetensors"), unet_config=sdxl_unet.config
@@ -236,13 +249,14 @@ def test_old_diffusers(tmp_path, unet, text_encoder, prefix):
 def adapted(model, options):
     """Returns a copy of a model with peft's LoRA of random weights, and the deltas that peft computes."""
     torch.manual_seed(2)
-    settings = {"r": 4, "lora_alpha": 2, "target_modules": ["to_k", "to_out.0", "proj_in", "q_proj", "fc1"], **options}
+    targets = ["to_k", "to_out.0", "proj_in", "conv1", "conv_in", "q_proj", "fc1"]
+    settings = {"r": 4, "lora_alpha": 2, "target_modules": targets, **options}
     model = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
     deltas = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             nn.init.normal_(module.lora_B["default"].weight)
-            deltas[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach().flatten(1)
+            deltas[name.removeprefix("base_model.model.")] = module.get_delta_weight("default").detach()
     return model, deltas
 
 
@@ -251,7 +265,7 @@ PEFT_OPTIONS = {
     "plain": {},
     "rslora": {"unet": {"use_rslora": True}, "text_encoder": {"use_rslora": True}},
     "patterns": {
-        "unet": {"rank_pattern": {"attn2.to_k": 2}, "alpha_pattern": {"attn2.to_out.0": 7}},
+        "unet": {"rank_pattern": {"attn2.to_k": 2, "conv1": 3}, "alpha_pattern": {"attn2.to_out.0": 7}},
         "text_encoder": {"rank_pattern": {"fc1": 1}, "alpha_pattern": {r"^encoder.layers.1.*fc1": 3}},
     },
 }
@@ -287,10 +301,11 @@ def own_lora(unet, text_encoder):
     """A LoRA with different ranks and scales in its layers, convolutions and tokens."""
     changes = {"unet": {}, "text_encoder": {}}
     for component, model in (("unet", unet), ("text_encoder", text_encoder)):
-        for index, (name, (outputs, inputs, axes)) in enumerate(layers_of(model).items()):
-            pair = random_factors({name: (outputs, inputs, axes)}, index, rank=1 + index % 3)[name]
-            down, up = (tensor.flatten(1) for tensor in pair)
-            changes[component][name] = LowRank(down, up, (0.25, 0.1, 1.0, 0.7)[index % 4], axes == 4)
+        for index, (name, shape) in enumerate(layers_of(model).items()):
+            down, up = random_factors({name: shape}, index, rank=1 + index % 3)[name]
+            # outputs as large as inputs, else roundings grow from layer to layer
+            down = down / down[0].numel() ** 0.5
+            changes[component][name] = LowRank(down, up.flatten(1), (0.25, 0.1, 1.0, 0.7)[index % 4])
     return LoraWeights(**changes, tokens=tokens(), tokens_2={"<ai1>": torch.ones(1, 5)})
 
 
@@ -299,7 +314,7 @@ def merged(model, changes):
     with torch.no_grad():
         for name, change in changes.items():
             weight = model.get_submodule(name).weight
-            weight += (change.scale * change.up @ change.down).reshape(weight.shape)
+            weight += torch.einsum("or,r...->o...", change.scale * change.up, change.down)
     return model
 
 
@@ -352,9 +367,7 @@ def test_second_text_encoder_in_diffusers(tmp_path):
     config = tiny_text_encoder().config
     encoder = transformers.CLIPTextModelWithProjection(config).eval()
     layers = {name.removeprefix("text_model."): shape for name, shape in layers_of(encoder).items()}
-    changes = {
-        name: LowRank(down, up, 0.3, False) for name, (down, up) in random_factors(layers).items() if "encoder" in name
-    }
+    changes = {name: LowRank(down, up, 0.3) for name, (down, up) in random_factors(layers).items() if "encoder" in name}
     lora = LoraWeights(text_encoder_2=changes)
     check_fits(lora, tiny_unet(), tiny_text_encoder(), encoder)
     write_lora(lora, tmp_path / "second.safetensors")
@@ -377,7 +390,7 @@ def test_second_text_encoder_in_diffusers(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_round_trip(tmp_path, unet, text_encoder, dtype):
     lora = own_lora(unet, text_encoder)
-    halved = {n: LowRank(c.down.to(dtype), c.up.to(dtype), c.scale, c.convolution) for n, c in lora.unet.items()}
+    halved = {n: LowRank(c.down.to(dtype), c.up.to(dtype), c.scale) for n, c in lora.unet.items()}
     lora = LoraWeights(halved, lora.text_encoder, tokens=lora.tokens, tokens_2=lora.tokens_2)
     write_lora(lora, tmp_path / "deep" / "own.safetensors")
     again = read_lora(tmp_path / "deep" / "own.safetensors")
@@ -389,7 +402,6 @@ def test_round_trip(tmp_path, unet, text_encoder, dtype):
             assert torch.equal(change.up, after[name].up)
             assert after[name].down.dtype == change.down.dtype
             assert after[name].scale == pytest.approx(change.scale, rel=1e-15)
-            assert after[name].convolution == change.convolution
     for kind in ("tokens", "tokens_2"):
         before, after = getattr(lora, kind), getattr(again, kind)
         assert before.keys() == after.keys()
@@ -424,7 +436,17 @@ BAD = {
     "inf": (GOOD | {f"{KEY}.lora_B.weight": torch.full((6, 2), torch.inf)}, "lora_B.weight has values that are not"),
     "inf alpha": (GOOD | {f"{KEY}.alpha": torch.tensor(torch.inf)}, "alpha has values that are not finite"),
     "two alphas": (GOOD | {f"{KEY}.alpha": torch.ones(2)}, "not one number"),
-    "kernel": (GOOD | {f"{KEY}.lora_A.weight": torch.ones(2, 4, 3, 3)}, r"\(2, 4, 3, 3\).*1x1"),
+    "kernel of up": (GOOD | {f"{KEY}.lora_B.weight": torch.ones(6, 2, 3, 3)}, r"\(6, 2, 3, 3\); .* first factor"),
+    "axes": (GOOD | {f"{KEY}.lora_A.weight": torch.ones(2, 4, 3)}, r"\(2, 4, 3\).*2D convolutions"),
+    "third factor": (
+        {
+            "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 1, 1),
+            "lora_unet_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3),
+            "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1),
+        },
+        "conv_in.lora_mid.weight is a third factor .Tucker",
+    ),
+    "not a layer of SDXL": ({"lora_unet_output_blocks_2_2_proj.lora_down.weight": torch.ones(2, 4)}, "other arch"),
     "integers": (GOOD | {f"{KEY}.lora_A.weight": torch.ones(2, 4, dtype=torch.int8)}, "torch.int8.*floating point"),
     "unknown key": (GOOD | {"something": torch.ones(1)}, r"key something \(1 such\)"),
     "other architecture": (
@@ -555,12 +577,22 @@ def test_lora_of_another_base(unet, text_encoder):
     shapes = {
         ("unet", "down_blocks.3.attentions.0.proj_in"): (8, 8, r"proj_in of unet with shape \(8, 8\).*no such layer"),
         ("unet", "conv_in"): (8, 4, r"conv_in of unet with shape \(8, 4\).*one of shape \(8, 4, 3, 3\)"),
+        ("unet", "conv_norm_out"): (8, 8, r"conv_norm_out of unet with shape \(8, 8\).*one of shape \(8,\)"),
         ("text_encoder", "encoder.layers.0.self_attn.k_proj"): (16, 12, r"\(16, 12\).*one of shape \(16, 16\)"),
     }
     for (component, name), (outputs, inputs, message) in shapes.items():
         other = LoraWeights(**{component: {name: LowRank(torch.ones(1, inputs), torch.ones(outputs, 1), 1.0)}})
         with pytest.raises(LoraFileError, match=message):
             check_fits(other, unet, text_encoder)
+    kernel = LoraWeights(unet={"conv_in": LowRank(torch.ones(1, 4, 5, 5), torch.ones(8, 1), 1.0)})
+    with pytest.raises(LoraFileError, match=r"conv_in of unet with shape \(8, 4, 5, 5\), .* \(8, 4, 3, 3\)"):
+        check_fits(kernel, unet, text_encoder)
+    # files of other libraries have no kernel for a convolution of one position, or one for a linear layer
+    projection, linear = "down_blocks.0.attentions.0.proj_in", "mid_block.resnets.0.time_emb_proj"
+    single = {projection: lora.unet[projection], linear: lora.unet[linear]}
+    single[projection] = replace(single[projection], down=single[projection].down.flatten(1))
+    single[linear] = replace(single[linear], down=single[linear].down[..., None, None])
+    check_fits(LoraWeights(single), unet, text_encoder)
     with pytest.raises(LoraFileError, match="text_encoder_2, which this base does not have"):
         check_fits(LoraWeights(text_encoder_2=lora.text_encoder), unet, text_encoder)
     with pytest.raises(LoraFileError, match="3 layers, this UNet has 4 cross-attention"):

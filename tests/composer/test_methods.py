@@ -17,7 +17,10 @@ from vision_lowrank.errors import ConfigError
 
 SIDE, STEPS, SCALE = 32, 2 * TURN + 2, 3.0
 STRENGTHS = {"first": 1.0, "second": 0.6}
-UNET_LAYERS = ("to_k", "to_v", "to_out.0")
+UNET_LAYERS = (
+    *("attn2.to_k", "attn2.to_v", "attn2.to_out.0", "conv_in", "conv1", "conv_shortcut", "time_emb_proj"),
+    *("downsamplers.0.conv", "upsamplers.0.conv", "time_embedding.linear_1"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,9 @@ def random_changes(model, endings):
     changes = {}
     for name, module in model.named_modules():
         if name.endswith(endings):
-            out, width = module.weight.shape
-            changes[name] = LowRank(torch.randn(2, width), torch.randn(out, 2) / 2, 1.0)
+            out, *inputs = module.weight.shape
+            down = torch.randn(2, *inputs) / math.prod(inputs[1:])
+            changes[name] = LowRank(down, torch.randn(out, 2) / 2, 1.0)
     return changes
 
 
@@ -43,7 +47,7 @@ def scene(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scene")
     torch.manual_seed(1)
     for name in STRENGTHS:
-        unet = random_changes(pipeline.unet, tuple(f"attn2.{layer}" for layer in UNET_LAYERS))
+        unet = random_changes(pipeline.unet, UNET_LAYERS)
         write_lora(
             LoraWeights(unet, random_changes(pipeline.text_encoder, ("q_proj",))), folder / f"{name}.safetensors"
         )

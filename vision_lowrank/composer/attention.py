@@ -18,8 +18,9 @@ from vision_lowrank.composer.conditions import residuals_of
 from vision_lowrank.composer.injection import (
     Addition,
     Branch,
-    LocalAddition,
+    add_locally,
     combine,
+    local_layers,
     low_rank,
     merge_heads,
     project_prompt,
@@ -233,7 +234,8 @@ def regional_unet(
         scene: what is to be composed.
         injection: regions take their own prompts and LoRAs; without it, only maps know of them.
         all_layers: regions also take, at their positions, what their LoRAs change besides keys, values and output
-            projections of cross-attention: queries, self-attention, feed-forwards, projections of transformers.
+            projections of cross-attention: queries, self-attention, feed-forwards, projections of transformers, all
+            convolutions, and what residual blocks add for the time.
         self_mask: a position in a box sees the box and the background, and what `overlaps` says.
         cells: see `Box.cells`.
         overlaps: see `Places`.
@@ -242,9 +244,10 @@ def regional_unet(
 
     Raises:
         ConfigError: another architecture, exchanged attention layers, no layer for maps, or text of a wrong shape.
-        AdapterError: a LoRA does not fit the UNet, or is not finite.
+        AdapterError: a LoRA does not fit the UNet, is not finite, or is to change a layer without positions in a box.
     """
     layers, map_layers = checked_layers(unet, scene, map_factor)
+    local = local_layers(unet, scene) if injection and all_layers else []
     model = RegionalUNet(unet, scene, map_layers, cells=cells, overlaps=overlaps)
     with ExitStack() as stack:
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -259,11 +262,11 @@ def regional_unet(
                 stack.callback(unet.get_submodule(name).register_forward_hook(Addition(factors)).remove)
         everywhere = project_prompt(unet, layers, scene.text, (), ())
         stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
-        for name in _local_layers(unet, scene) if injection and all_layers else ():
-            instead = [(lora, -strength) for lora, strength in scene.background]
+        instead = [(lora, -strength) for lora, strength in scene.background]
+        for name in local:
             changes = [combine([*region.loras, *instead], name, unet) for region in scene.regions]
-            hook = LocalAddition(model.places, changes)
-            stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
+            for handle in add_locally(unet, name, model.places, changes):
+                stack.callback(handle.remove)
         for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
             size_hook = _SizeHook(model)
             stack.callback(unet.get_submodule(name).register_forward_pre_hook(size_hook, with_kwargs=True).remove)
@@ -275,14 +278,6 @@ def regional_unet(
             processors[f"{name.removesuffix('attn2')}attn1.processor"] = own
         unet.set_attn_processor(processors)
         yield model
-
-
-def _local_layers(unet: UNet, scene: Scene) -> list[str]:
-    """Returns the layers of transformers that LoRAs change and cross-attention's processors do not see to."""
-    handled = (".attn2.to_k", ".attn2.to_v", ".attn2.to_out.0")
-    loras = [*scene.background, *(lora for region in scene.regions for lora in region.loras)]
-    names = {name for lora, _ in loras for name in lora} if scene.regions else set()
-    return sorted(name for name in names if ".attentions." in name and not name.endswith(handled))
 
 
 class _SizeHook:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.adapters import LoRA, inject
 from vision_lowrank.adapters.injection import adapted_layers
+from vision_lowrank.adapters.layers import LoRAAdapter
 from vision_lowrank.composer.lora_files import LoraWeights, LowRank
 from vision_lowrank.errors import ConfigError
 
@@ -85,7 +86,6 @@ def taught(pipeline: Any, words: Sequence[str]) -> LoraWeights:
 def _low_rank(model: nn.Module) -> dict[str, LowRank]:
     changes = {}
     for path, layer in adapted_layers(model).items():
-        adapter = cast(Any, layer.adapters["default"])
-        down, up = (factor.weight.detach().half() for factor in (adapter.lora_A, adapter.lora_B))
-        changes[path.removeprefix("text_model.")] = LowRank(down, up, adapter.scaling)
+        down, up, scale = cast(LoRAAdapter, layer.by_name["default"]).lora_factors()
+        changes[path.removeprefix("text_model.")] = LowRank(down.detach().half(), up.detach().half().flatten(1), scale)
     return changes

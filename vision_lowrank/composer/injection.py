@@ -1,15 +1,24 @@
 """A region's prompt and LoRAs at a layer: keys, values and low-rank changes, computed once and never merged."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from vision_lowrank.composer.layout import Lora, Places, Text, UNet
+from vision_lowrank.adapters.layers import BaseLayer, apply_low_rank
+from vision_lowrank.composer.layout import Lora, Places, Scene, Text, UNet
+from vision_lowrank.errors import AdapterError
 
 Factors: TypeAlias = tuple[Tensor, Tensor]
+# where the regions are on a map of that height and width; without one, of the map that the transformer works on now
+PlacesAt: TypeAlias = Callable[[tuple[int, int] | None], Places]
+
+# what the processors of cross-attention see to
+_CROSS = (".attn2.to_k", ".attn2.to_v", ".attn2.to_out.0")
+_TIME = ".time_emb_proj"
 
 
 class Branch(NamedTuple):
@@ -21,16 +30,64 @@ class Branch(NamedTuple):
 
 
 def combine(loras: Sequence[Lora], name: str, unet: UNet) -> Factors | None:
-    """Returns one pair of factors (rank, in), (out, rank) for what several LoRAs change in a module; None for nothing.
+    """Returns one pair of factors for what several LoRAs change in a module; None for nothing.
 
-    Scales and strengths are in the second factor; both have the module's type and device.
+    They are (rank, in), (out, rank), or of a convolution (rank, in, height, width), (out, rank, 1, 1). Scales and
+    strengths are in the second one; both have the module's type and device.
     """
     weight = unet.get_submodule(name).weight
     found = [(lora[name], lora[name].scale * strength) for lora, strength in loras if name in lora and strength]
     if not found:
         return None
-    down = torch.cat([change.down.to(weight) for change, _ in found])
-    return down, torch.cat([(change.up * scale).to(weight) for change, scale in found], 1)
+    # files may lack the kernel of a single position
+    down = torch.cat([change.down.to(weight).reshape(-1, *weight.shape[1:]) for change, _ in found])
+    up = torch.cat([(change.up * scale).to(weight) for change, scale in found], 1)
+    return down, up[(..., *(None for _ in weight.shape[2:]))]
+
+
+def local_layers(unet: UNet, scene: Scene) -> list[str]:
+    """Returns the layers that LoRAs of the regions, or of a background beneath them, change besides cross-attention's.
+
+    Those of a background that have no positions are left out: they stay the same in the whole image.
+
+    Raises:
+        AdapterError: a region's LoRA changes such a layer.
+    """
+    regional = {name for region in scene.regions for lora, _ in region.loras for name in lora}
+    below = {name for lora, _ in scene.background for name in lora} if scene.regions else set()
+    placeless = {name for name in regional | below if not _has_positions(unet, name)}
+    if refused := sorted(placeless & regional):
+        raise AdapterError(
+            f"a region's LoRA changes {refused[0]}, which has no positions that could be in a box; use settings with "
+            "all_layers: false, give the LoRA as background, or train it without this layer"
+        )
+    return sorted(name for name in (regional | below) - placeless if not name.endswith(_CROSS))
+
+
+def _has_positions(unet: UNet, name: str) -> bool:
+    # a residual block adds its projection of the time to a map, unless it scales with it
+    return (
+        isinstance(unet.get_submodule(name), nn.Conv2d)
+        or ".attentions." in name
+        or (name.endswith(_TIME) and unet.config.resnet_time_scale_shift == "default")
+    )
+
+
+def add_locally(unet: UNet, name: str, places: PlacesAt, changes: Sequence[Factors | None]) -> list[RemovableHandle]:
+    """Hooks to a layer what each region changes there; None where a region changes nothing.
+
+    Args:
+        unet: the UNet.
+        name: one of its `local_layers`.
+        places: tells where the regions are.
+        changes: factors of each region.
+    """
+    module = unet.get_submodule(name)
+    if not name.endswith(_TIME):
+        return [module.register_forward_hook(LocalAddition(places, changes))]
+    hook = _LocalTime(places, changes)
+    behind = unet.get_submodule(f"{name.removesuffix(_TIME)}.norm2")
+    return [module.register_forward_pre_hook(hook.keep), behind.register_forward_pre_hook(hook)]
 
 
 @torch.no_grad()
@@ -61,11 +118,8 @@ class Addition:
         self.factors = factors
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Returns the changed output (..., out), or (B, out, height, width) of a convolution of single positions."""
-        if isinstance(module, nn.Conv2d):
-            hidden = F.conv2d(inputs[0], self.factors[0][:, :, None, None])
-            return output + F.conv2d(hidden, self.factors[1][:, :, None, None])
-        return output + low_rank(inputs[0], self.factors)
+        """Returns the changed output (..., out), or (B, out, height, width) of a convolution."""
+        return output + apply_low_rank(cast(BaseLayer, module), inputs[0], *self.factors)
 
 
 class LocalAddition:
@@ -74,32 +128,77 @@ class LocalAddition:
     Where regions overlap, the mean of theirs is added.
 
     Args:
-        places: returns where the regions are on a map of that height and width; without one, of the map that the
-            transformer works on now.
+        places: tells where the regions are.
         changes: factors of the regions; None where a region changes nothing.
     """
 
-    def __init__(self, places: Callable[[tuple[int, int] | None], Places], changes: Sequence[Factors | None]) -> None:
+    def __init__(self, places: PlacesAt, changes: Sequence[Factors | None]) -> None:
         self.places = places
         self.changes = changes
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Returns the changed output (B, N, out), or (B, out, height, width) of a convolution of single positions."""
-        x = inputs[0]
+        """Returns the changed output (B, N, out), or (B, out, height, width) of a convolution."""
         if isinstance(module, nn.Conv2d):
-            size = (x.shape[-2], x.shape[-1])
-            changed: Tensor = self._add(x.flatten(2).mT, output.flatten(2).mT, size).mT.unflatten(2, size)
-            return changed
-        return self._add(x, output, None)
-
-    def _add(self, x: Tensor, output: Tensor, size: tuple[int, int] | None) -> Tensor:
-        places = self.places(size)
+            return self._add_to_map(module, inputs[0], output)
+        x = inputs[0]
+        places = self.places(None)
         shares = places.shares.to(output.dtype)[:, None]
         for positions, factors in zip(places.positions, self.changes, strict=True):
             if factors is not None:
                 change = low_rank(x[:, positions], factors) * shares[positions]
                 output = output.index_add(1, positions, change.to(output.dtype))
         return output
+
+    def _add_to_map(self, module: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+        """Convolves of each region only the input that its positions of the output see."""
+        places = self.places((output.shape[-2], output.shape[-1]))
+        shares = places.shares.to(output.dtype).unflatten(0, places.size)
+        padding, stride = cast(tuple[int, int], module.padding), module.stride
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        output = output.clone()
+        for cells, factors in zip(places.cells, self.changes, strict=True):
+            if cells is not None and factors is not None:
+                top, left, bottom, right = cells
+                rows, columns = (
+                    slice(start * step, (end - 1) * step + size)
+                    for start, end, step, size in (
+                        (top, bottom, stride[0], module.kernel_size[0]),
+                        (left, right, stride[1], module.kernel_size[1]),
+                    )
+                )
+                change = F.conv2d(F.conv2d(x[..., rows, columns], factors[0], stride=stride), factors[1])
+                box = (..., slice(top, bottom), slice(left, right))
+                output[box] += change * shares[box]
+        return output
+
+
+class _LocalTime:
+    """Hooks of a residual block that add, at the positions of each region, what its LoRAs change in the time.
+
+    The block projects the time to a vector without positions and adds it to a map, which `norm2` gets.
+    """
+
+    def __init__(self, places: PlacesAt, changes: Sequence[Factors | None]) -> None:
+        self.places = places
+        self.changes = changes
+        self.time: Tensor | None = None
+
+    def keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Takes what the projection is given, (B, in)."""
+        (self.time,) = inputs
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        """Returns the changed input (B, out, height, width) of the norm."""
+        (x,) = inputs
+        places = self.places((x.shape[-2], x.shape[-1]))
+        shares = places.shares.to(x.dtype)
+        assert self.time is not None
+        for mask, factors in zip(places.masks, self.changes, strict=True):
+            if factors is not None:
+                share = (mask * shares).unflatten(0, places.size)
+                x = x + low_rank(self.time, factors)[..., None, None] * share
+        self.time = None
+        return (x,)
 
 
 def low_rank(x: Tensor, factors: Factors) -> Tensor:

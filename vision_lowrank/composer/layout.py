@@ -117,7 +117,7 @@ class Region:
         box: where.
         text: its prompts, encoded by its own text encoder.
         tokens: positions of the concept's tokens in the positive prompt, counted from its first token, the start sign.
-        loras: the changes of its keys, values and output projections.
+        loras: the changes of its keys, values and output projections, and of other layers where these are asked for.
     """
 
     box: Box
@@ -332,12 +332,10 @@ def _check_lora(unet: UNet, lora: Mapping[str, LowRank], owner: str) -> None:
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise AdapterError(f"{owner}: the UNet has no layer {name}; the LoRA belongs to another base model")
-        if math.prod(weight.shape[2:]) != 1:
-            raise AdapterError(f"{owner}: {name} is a convolution larger than a position; leave it out of the LoRA")
-        if weight.shape[:2] != (change.up.shape[0], change.down.shape[1]):
+        if not change.fits(weight):
             raise AdapterError(
-                f"{owner}: {name} takes {weight.shape[1]} to {weight.shape[0]} features, the LoRA "
-                f"{change.down.shape[1]} to {change.up.shape[0]}; it belongs to another base model"
+                f"{owner}: the weight of {name} is {tuple(weight.shape)}, the LoRA's {change.shape}; it belongs to "
+                "another base model"
             )
         if change.up.shape[1] != change.down.shape[0]:
             raise AdapterError(f"{owner}: factors of {name} have ranks {change.down.shape[0]} and {change.up.shape[1]}")

@@ -4,6 +4,7 @@ The layouts are described in `lora_layouts`.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -30,21 +31,28 @@ class LowRank:
     """A change of one layer's weight: `scale up @ down`.
 
     Args:
-        down: first factor (rank, in).
+        down: first factor (rank, in), or (rank, in, height, width) of a convolution with such a kernel.
         up: second factor (out, rank).
         scale: what the product is multiplied by.
-        convolution: the layer is a 1x1 convolution, for which files hold the factors with two more axes of length 1.
     """
 
     down: Tensor
     up: Tensor
     scale: float
-    convolution: bool = False
 
     @property
     def rank(self) -> int:
         """Inner dimension of the product."""
         return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (out, in) of the weight that it changes, or (out, in, height, width)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def fits(self, weight: Tensor) -> bool:
+        """Says whether a weight has this shape; kernels of one position count as none, since files differ there."""
+        return _without_single_kernel(self.shape) == _without_single_kernel(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def read_lora(path: str | Path) -> LoraWeights:
 
     Raises:
         LoraFileError: there is no such file; it is damaged, incomplete, holds code, weights that are not finite,
-            a whole model, or more than plain LoRA of linear layers and 1x1 convolutions.
+            a whole model, or more than plain LoRA of linear layers and convolutions.
     """
     file, tensors, metadata = open_lora(Path(path))
     settings = _Settings(file, metadata)
@@ -130,9 +138,9 @@ def write_lora(lora: LoraWeights, path: str | Path) -> None:
         changes: Mapping[str, LowRank] = getattr(lora, component)
         paths = {_path_in_file(component, module): change for module, change in changes.items()}
         for name, change in paths.items():
-            axes = (..., None, None) if change.convolution else (...,)
-            tensors[f"{component}.{name}.lora_A.weight"] = change.down[axes]
-            tensors[f"{component}.{name}.lora_B.weight"] = change.up[axes]
+            kernel = (1,) * (change.down.ndim - 2)
+            tensors[f"{component}.{name}.lora_A.weight"] = change.down
+            tensors[f"{component}.{name}.lora_B.weight"] = change.up.reshape(*change.up.shape, *kernel)
         if paths:
             settings |= {f"{component}.{key}": value for key, value in _peft_settings(paths).items()}
     for kind, prefix in TOKENS.items():
@@ -164,13 +172,11 @@ def check_fits(
             raise LoraFileError(f"the LoRA changes {component}, which this base does not have: use it with SDXL")
         layers = {} if model is None else {n.removeprefix("text_model."): m for n, m in model.named_modules()}
         for module, change in changes.items():
-            wanted = (change.up.shape[0], change.down.shape[1])
             weight = getattr(layers.get(module), "weight", None)
-            shape = None if weight is None else tuple(weight.shape)
-            if shape is None or (shape[:2], set(shape[2:]) - {1}) != (wanted, set()):
-                has = "no such layer" if shape is None else f"one of shape {shape}"
+            if weight is None or not change.fits(weight):
+                has = "no such layer" if weight is None else f"one of shape {tuple(weight.shape)}"
                 raise LoraFileError(
-                    f"the LoRA changes layer {module} of {component} with shape {wanted}, this base has {has}: "
+                    f"the LoRA changes layer {module} of {component} with shape {change.shape}, this base has {has}: "
                     "use the LoRA with the base model that it was trained on"
                 )
     cross_layers = sum(name.endswith(".attn2") for name, _ in unet.named_modules())
@@ -235,6 +241,12 @@ def _low_rank(
             raise LoraFileError(f"{file}: key {parts[part][0]} has no {partner} factor; the file is incomplete")
     (down_key, place), (up_key, _) = parts["down"], parts["up"]
     down, up = _factor(tensors[down_key], down_key, file), _factor(tensors[up_key], up_key, file)
+    if math.prod(up.shape[2:]) != 1:
+        raise LoraFileError(
+            f"{file}: {up_key} has shape {tuple(up.shape)}; in LoRA of convolutions only the first factor has a kernel "
+            "larger than one position: use another file"
+        )
+    up = up.flatten(1)
     rank = down.shape[0]
     if rank != up.shape[1] or rank == 0:
         raise LoraFileError(
@@ -249,17 +261,14 @@ def _low_rank(
         scale = alpha.item() / rank
     else:
         scale = settings.scale(place, rank, of_peft=".lora_A." in down_key)
-    return LowRank(down, up, scale, convolution=tensors[down_key].ndim == 4)
+    return LowRank(down, up, scale)
 
 
 def _factor(tensor: Tensor, key: str, file: Path) -> Tensor:
-    """Returns a factor with two axes, also that of a 1x1 convolution."""
-    if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-        tensor = tensor[:, :, 0, 0]
-    if tensor.ndim != 2 or not tensor.is_floating_point():
+    if tensor.ndim not in (2, 4) or not tensor.is_floating_point():
         raise LoraFileError(
-            f"{file}: {key} has shape {tuple(tensor.shape)} and type {tensor.dtype}; only LoRA of linear layers and "
-            "1x1 convolutions in floating point is read: use another file"
+            f"{file}: {key} has shape {tuple(tensor.shape)} and type {tensor.dtype}; only LoRA of linear layers and 2D "
+            "convolutions in floating point is read: use another file"
         )
     return _finite(tensor, key, file)
 
@@ -277,7 +286,17 @@ def _finite(tensor: Tensor, key: str, file: Path) -> Tensor:
     return tensor
 
 
+def _without_single_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if math.prod(shape[2:]) != 1 else shape[:2]
+
+
 def _why_unknown(keys: list[str]) -> str:
+    middle = next((key for key in keys if "lora_mid." in key), None)
+    if middle is not None:
+        return (
+            f"{middle} is a third factor (Tucker decomposition of a convolution), which is not read: train the LoRA "
+            "without it (use_tucker=False, use_cp=False), or use another file"
+        )
     whole = next((key for key in keys if key.endswith((".weight", ".bias")) and "lora" not in key), None)
     if whole is not None:
         return (

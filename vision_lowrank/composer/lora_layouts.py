@@ -4,7 +4,7 @@ peft, diffusers   unet.<module>.lora_A.weight                          base_mode
 old diffusers     unet.<attention>.processor.to_k_lora.down.weight     text_encoder.<module>.lora_linear_layer.up.weight
 Mix-of-Show       <module>_lora.down.weight, <module>.lora_down.weight, with unet. or text_encoder. put in front
 kohya             lora_unet_<module, dots as underscores>.lora_down.weight, lora_te_, lora_te1_, lora_te2_; also .alpha;
-                  SDXL with the block names of its first release: input_blocks, middle_block, output_blocks
+                  SDXL with the block names of its first release: input_blocks, middle_block, output_blocks, out
 our own tokens    lora_tokens.<token>, lora_tokens_2.<token>: embeddings for the first and the second text encoder
 """
 
@@ -56,12 +56,15 @@ _WITH_UNDERSCORE = (
     *_TOP_OF_UNET,
     *("transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out"),
     *("conv_shortcut", "time_emb_proj", "linear_1", "linear_2"),
-    *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "emb_layers", "skip_connection"),
+    *("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb"),
+    *("in_layers", "emb_layers", "out_layers", "skip_connection"),
     *("text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "final_layer_norm", "text_projection"),
 )
 _NAMES = re.compile(rf"(?:{'|'.join(_WITH_UNDERSCORE)})(?=_|$)|[^_]+")
 
 _RELEASED_TOP = {
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -69,7 +72,13 @@ _RELEASED_TOP = {
 }
 _RELEASED_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 _RELEASED_KIND = {"0": "resnets", "1": "attentions"}
-_RELEASED_INNER = {"emb_layers.1": "time_emb_proj", "skip_connection": "conv_shortcut"}
+_RELEASED_INNER = {
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_RELEASED_RESAMPLING = {"op": "downsamplers.0.conv", "conv": "upsamplers.0.conv"}
 
 # the first diffusers named the text encoder's attention as the UNet's
 _OLD_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -134,13 +143,16 @@ def _of_released_unet(path: str) -> str:
         return _RELEASED_TOP[path]
     if match := re.fullmatch(r"middle_block\.([012])\.(.+)", path):
         return f"mid_block.{_RELEASED_MIDDLE[match[1]]}.{_RELEASED_INNER.get(match[2], match[2])}"
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.([01])\.(.+)", path)
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(?:\d\.(op|conv)|([01])\.(.+))", path)
     if match is None or match[1] + match[2] == "input0":
         return path
     down = match[1] == "input"
     block, layer = divmod(int(match[2]) - down, 3)
-    inner = _RELEASED_INNER.get(match[4], match[4])
-    return f"{'down' if down else 'up'}_blocks.{block}.{_RELEASED_KIND[match[3]]}.{layer}.{inner}"
+    if match[3]:
+        inner = _RELEASED_RESAMPLING[match[3]]
+    else:
+        inner = f"{_RELEASED_KIND[match[4]]}.{layer}.{_RELEASED_INNER.get(match[5], match[5])}"
+    return f"{'down' if down else 'up'}_blocks.{block}.{inner}"
 
 
 def open_lora(path: Path) -> tuple[Path, Mapping[str, Tensor], Mapping[str, str]]:

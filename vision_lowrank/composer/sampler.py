@@ -20,7 +20,7 @@ class Settings:
 
     Args:
         injection: regions take their own prompts and LoRAs in cross-attention.
-        all_layers: regions take their LoRAs in all other layers of the transformers too, at their positions; the
+        all_layers: regions take their LoRAs in all other layers too, at their positions, convolutions included; the
             paper's method leaves those out, and with them what a LoRA learned there.
         self_mask: concepts do not see each other in self-attention.
         enhancement: the loss that strengthens a concept's tokens in its box.

@@ -166,7 +166,7 @@ def _changed(model: nn.Module, loras: Sequence[Lora], concepts: Mapping[int, Ten
         for name in {name: None for changes, _ in loras for name in changes}:
             like = next(iter(layers[name].parameters()))
             factors = [
-                (changes[name].down.to(like), changes[name].up.to(like), strength * changes[name].scale)
+                (changes[name].down.to(like).flatten(1), changes[name].up.to(like), strength * changes[name].scale)
                 for changes, strength in loras
                 if name in changes
             ]
