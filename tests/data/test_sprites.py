@@ -28,6 +28,7 @@ from vision_lowrank.data.sprites import (
     lay_out,
     make_picture,
     paint_background,
+    with_article,
     write_caption,
 )
 from vision_lowrank.errors import ConfigError
@@ -140,13 +141,18 @@ def test_epochs_of_the_module_differ_and_repeat():
     assert second[1] == [SpriteDataset(8, 3, 1)[index]["caption"] for index in range(4, 8)]
 
 
-def test_concept_pictures_show_the_concept_alone_in_all_sizes():
-    pictures = concept_pictures("fox", 12, seed=0)
-    assert sorted(picture.sprites[0].size for picture in pictures) == [20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48]
+def test_concept_pictures_show_the_concept_alone_in_many_sizes_and_beside_others():
+    pictures = concept_pictures("fox", 24, seed=0)
+    alone, beside = pictures[::2], pictures[1::2]
+    assert sorted(picture.sprites[0].size for picture in alone) == [20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48]
     assert {picture.background for picture in pictures} == set(BACKGROUNDS)
-    for picture in pictures:
+    for picture in alone:
         assert [item.name for item in picture.sprites] == ["fox"]
         assert picture.caption == f"<fox1> <fox2> {BACKGROUNDS[picture.background]}"
+    for picture in beside:
+        fox, other = (item.name for item in picture.sprites)
+        assert (fox, other in BASE) == ("fox", True)
+        assert picture.caption == f"<fox1> <fox2> and {with_article(other)} {BACKGROUNDS[picture.background]}"
     with pytest.raises(ConfigError, match="concept=dog: there are fox"):
         concept_pictures("dog", 3, 0)
 

@@ -19,10 +19,10 @@ from vision_lowrank.data.sprites import (
     Picture,
     Placed,
     concept_pictures,
-    concept_words,
     draw,
     lay_out,
     make_picture,
+    prompt_words,
     sprite,
     vary_caption,
 )
@@ -122,7 +122,7 @@ class ConceptDataModule(L.LightningDataModule):
         samples = [
             {
                 "image": to_tensor(picture.image),
-                "caption": vary_caption(picture.sprites, picture.background, generator, concept_words),
+                "caption": vary_caption(picture.sprites, picture.background, generator, prompt_words),
             }
             for picture in chosen
         ]

@@ -269,7 +269,9 @@ def vary_caption(
 def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
     """Returns pictures of one held-out sprite as a user would collect them, captioned "<fox1> <fox2> on grass".
 
-    Sizes are spread evenly up to three quarters of the picture, backgrounds follow one another.
+    In every second one a base sprite stands beside it: from pictures of the concept alone a LoRA also learns that
+    nothing else is in a picture. In the others its size is spread evenly up to three quarters of the picture.
+    Backgrounds follow one another.
 
     Raises:
         ConfigError: the sprite is not held out.
@@ -278,14 +280,22 @@ def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
         raise ConfigError(f"concept={name}: there are {', '.join(HELD_OUT)}")
     generator = np.random.default_rng([seed, SPRITES.index(name)])
     backgrounds = generator.permutation(list(BACKGROUNDS))
+    sizes = generator.permutation(np.linspace(SMALLEST, 3 * SIDE // 4, -(-count // 2)).round().astype(int)).tolist()
     pictures = []
-    for index, size in enumerate(generator.permutation(np.linspace(SMALLEST, 3 * SIDE // 4, count).round())):
+    for index in range(count):
         background = str(backgrounds[index % len(backgrounds)])
-        top, left = (int(edge) for edge in generator.integers(0, SIDE - int(size) + 1, 2))
-        placed = (Placed(name, top, left, int(size)),)
-        caption = write_caption(placed, background, places=False, call=concept_words)
+        if index % 2:
+            placed = lay_out((name, str(generator.choice(BASE))), generator)
+        else:
+            placed = lay_out((name,), generator, (sizes[index // 2],) * 2)
+        caption = write_caption(placed, background, places=False, call=prompt_words)
         pictures.append(Picture(draw(background, placed, generator), caption, background, placed))
     return pictures
+
+
+def prompt_words(name: str) -> str:
+    """Returns how a prompt speaks of a sprite, base or held out."""
+    return concept_words(name) if name in HELD_OUT else with_article(name)
 
 
 def concept_words(name: str) -> str:
