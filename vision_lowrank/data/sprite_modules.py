@@ -147,7 +147,7 @@ class BoxDataset(DrawnDataset):
         generator = self.generator(index)
         kind = generator.random()
         if kind < 0.8:
-            picture = make_picture(generator, SPRITES, (0.3, 0.3, 0.2, 0.2))
+            picture = make_picture(generator, SPRITES, (0, 0.3, 0.3, 0.2, 0.2))
             image, placed = picture.image, picture.sprites
         else:
             image, placed = _halves(generator)

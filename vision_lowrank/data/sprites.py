@@ -238,20 +238,20 @@ def with_article(name: str) -> str:
 
 
 def make_picture(
-    generator: np.random.Generator, names: Sequence[str] = BASE, shares: Sequence[float] = (0.4, 0.4, 0.2)
+    generator: np.random.Generator, names: Sequence[str] = BASE, shares: Sequence[float] = (0.1, 0.35, 0.35, 0.2)
 ) -> Picture:
-    """Returns a random picture of one to three different sprites.
+    """Returns a random picture of at most three different sprites; without any, "on grass" comes to mean just that.
 
     Args:
         generator: source of all that is random.
         names: sprites to choose from.
-        shares: how often there are one, two, three sprites.
+        shares: how often there are none, one, two, three sprites.
     """
-    count = 1 + int(generator.choice(len(shares), p=shares))
+    count = int(generator.choice(len(shares), p=shares))
     chosen = [names[index] for index in generator.choice(len(names), count, replace=False)]
     background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
-    placed = lay_out(chosen, generator)
-    caption = vary_caption(placed, background, generator)
+    placed = lay_out(chosen, generator) if chosen else ()
+    caption = vary_caption(placed, background, generator) if chosen else BACKGROUNDS[background]
     return Picture(draw(background, placed, generator), caption, background, placed)
 
 
