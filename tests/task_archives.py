@@ -73,6 +73,7 @@ class Miniature:
         generator = np.random.default_rng(3)
         self.files, self.rows = {}, []
         self.images, self.labels = {split: [] for split in counts}, {split: [] for split in counts}
+        self.radar = {split: [] for split in counts}
         known = [value for value in card.class_values if isinstance(value, int)]
         number = 0
         for split, count in counts.items():
@@ -82,6 +83,11 @@ class Miniature:
                     image = (image / 60_000).astype(np.float32)
                 row = {"optical_path": f"optical/tile{number // 3}_{number % 3}.tif", "radar_path": "", "split": split}
                 self.files[row["optical_path"]] = writers[number % len(writers)](image)
+                if card.radar:
+                    row["radar_path"] = f"radar/tile{number}.tif"
+                    decibels = np.random.default_rng(number).normal(-15, 5, (len(card.radar), side, side))
+                    self.radar[split].append(decibels.astype(np.float32))
+                    self.files[row["radar_path"]] = writers[number % len(writers)](self.radar[split][-1])
                 if card.kind == "segmentation":
                     label = generator.choice(known, (side, side)).astype(np.uint8)
                     row["label_path"] = f"label/tile{number}.tif"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 from stripes import write_stripes
 from torch import nn
@@ -122,6 +123,23 @@ def test_what_is_finished_is_not_done_again(result, card, runs, monkeypatch):
         train(configure(card, runs, "comparison.budget=600"))
 
 
+def test_a_stem_that_remembers_changes_nothing(result, card, runs):
+    plain = "task._target_=vision_lowrank.tasks.scene_classification.SceneClassification"
+    (found,) = train(configure(card, runs, plain, "name=plain"))
+    assert found.facts["learning_rate"] == result.facts["learning_rate"]
+    folders = [runs / name / "lora-seed0" for name in ("adapter_comparison", "plain")]
+    remembered, trained = (
+        load_file(folder / "trials" / str(found.facts["learning_rate"]) / "adapter" / "adapter_model.safetensors")
+        for folder in folders
+    )
+    assert remembered.keys() == trained.keys()
+    for name, value in trained.items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(remembered[name], value, atol=1e-3, rtol=1e-2)
+    first, second = (np.load(folder / "prediction.npy") for folder in folders)
+    assert np.mean(first == second) > 0.995
+
+
 def test_all_methods_share_base_and_splits(result, card, runs):
     root = runs / "adapter_comparison"
     (base,) = root.glob("base-*/model/model.safetensors")
@@ -161,6 +179,7 @@ def test_all_methods_share_base_and_splits(result, card, runs):
         (["comparison.learning_rates=[0.1,0.1]"], "none twice"),
         (["trainer.devices=2"], "one device"),
         (["base=somewhere"], "leave out base"),
+        (["compile=true"], "leave out compile"),
         (["data.border=0.99"], "leaves 59 to pretrain on and 0 to split"),
         (["adapter=vera", "adapter.cycles={first_cycle: 1}"], "set them to null for vera"),
         (["comparison.budget=10", "name=other"], "comparison.budget=10: the nearest of LoRA is 240"),

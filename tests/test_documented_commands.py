@@ -86,7 +86,7 @@ def test_a_documented_command_can_be_given(path, command, monkeypatch):
     if program in ("venv", "pip"):
         return
     if program == "pytest":
-        assert [item for item in arguments if not (REPOSITORY / item).exists()] == []
+        assert [item for item in arguments if "/" in item and not (REPOSITORY / item).exists()] == []
         return
     module = importlib.import_module(program.removesuffix(".py"))
     if configuration := re.search(r'config_path=(.+?), config_name="(\w+)"', Path(module.__file__).read_text()):

@@ -18,6 +18,7 @@ from vision_lowrank.data.task_cards import load_task_card
 from vision_lowrank.errors import ConfigError, DataError, DownloadError
 from vision_lowrank.evaluation.benchmark_rows import read_rows
 from vision_lowrank.models.encoders import LessEncoder
+from vision_lowrank.models.heads import UPerNetHead
 from vision_lowrank.models.less_vit import LessViT
 from vision_lowrank.raster_benchmark import run_raster_benchmark
 from vision_lowrank.tasks.raster_tasks import RasterTask
@@ -39,6 +40,7 @@ QUICK = [
         "learning_rates=[0.001]", "epochs=1", "batch_size=2",
     )),
     "benchmark.protocols.adapter.rank=2",
+    *(f"benchmark.protocols.{name}.head=linear" for name in ("finetune", "adapter")),
     "model.model._target_=vision_lowrank.models.less_vit.LessViT",
     *(f"+model.model.{name}={value}" for name, value in TINY.items()),
     "precision=32-true",
@@ -165,6 +167,73 @@ def test_every_task_goes_from_the_hub_to_rows_of_all_protocols(configure, hub, t
     assert rows["knn-1"].value == pytest.approx(nearest_neighbour_score(made, seen_side, gsd, train), abs=1e-6)
     width = (made.card.kind == "segmentation" and PATCH**2) or 1
     assert rows["linear"].trainable_parameters == len(made.card.classes) * width * 33
+
+
+def test_segmentation_has_the_head_of_its_authors_unless_told(configure, tmp_path):
+    made = Miniature(small(load_task_card("marida")), tmp_path / "data", SIDE, COUNTS)
+    made.write()
+    card = write_small_card("marida", tmp_path, protocol={"crop": SIDE, "head": "upernet"})
+    options = ("model.model.patch_size=4", "~benchmark.protocols.knn", "benchmark.protocols.finetune.head=null")
+    refuse(configure, tmp_path, card, ConfigError, "has 1 blocks; UPerNet takes maps from four", *options)
+    folder = run_raster_benchmark(configure(card, *options, "model.model.depth=4"))
+    rows = {row.protocol: row for row in read_rows(folder / "results.csv")}
+    assert list(rows) == ["linear", "finetune-upernet", "adapter"]
+    model = LessViT(patch_size=4, radar=False, **{**TINY, "depth": 4})
+    model.reset_classifier(0)
+    parts = (model, UPerNetHead([32] * 4, len(made.card.classes), 4))
+    assert rows["finetune-upernet"].trainable_parameters == sum(p.numel() for part in parts for p in part.parameters())
+
+
+@pytest.mark.parametrize(("sensors", "channels"), [(["radar"], 2), (["optical", "radar"], 15)])
+def test_radar_alone_and_beside_the_optical_channels(configure, repository, tmp_path, monkeypatch, sensors, channels):
+    made = Miniature(small(load_task_card("dfc2020")), tmp_path / "data", SIDE, COUNTS)
+    made.write()
+    card = write_small_card("dfc2020", tmp_path)
+    options = ("model.model.patch_size=4", f"benchmark.sensors=[{','.join(sensors)}]")
+    refuse(configure, tmp_path, card, ConfigError, "reads no radar; build it with model.model.radar=true", *options)
+    bands = "benchmark.bands={train: [400, 1000], test: []}"
+    refuse(configure, tmp_path, card, ConfigError, "which radar has none of; use sensors=", *options, bands)
+    timm = ("model=timm_vit_small", "model.model_name=test_vit")
+    protocols = [f"~benchmark.protocols.{name}" for name in ("linear", "finetune", "adapter")]
+    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
+        places = (f"tasks=[{card}]", f"benchmark.root={tmp_path / 'data'}", f"runs_root={tmp_path / 'runs'}")
+        quick = [one for one in QUICK if "model.model" not in one]
+        config = compose("evaluate", [*quick, *places, *timm, options[1], *protocols])
+    with pytest.raises(ConfigError, match="does not tell radar from optical channels"):
+        run_raster_benchmark(config)
+
+    seen, read = set(), LessViT.forward_features
+
+    def watch(model, image, wavelengths, gsd, radar, radar_wavelengths):
+        seen.add((0 if image is None else image.shape[1], radar.shape[1], *radar_wavelengths.unique().tolist()))
+        return read(model, image, wavelengths, gsd, radar, radar_wavelengths)
+
+    monkeypatch.setattr(LessViT, "forward_features", watch)
+    options = (*options, "model.model.radar=true", "~benchmark.protocols.linear", "~benchmark.protocols.adapter")
+    folder = run_raster_benchmark(configure(card, *options))
+    assert seen == {(channels - 2, 2, 5500, 5700)}
+    rows = read_rows(folder / "results.csv")
+    assert [row.protocol for row in rows] == ["knn-1", "knn-2", "finetune"]
+    assert {row.split for row in rows} == {"published, radar only" if channels == 2 else "published, with radar"}
+
+
+def test_a_run_notes_its_files_and_does_not_go_on_with_others(configure, tmp_path):
+    made = Miniature(small(load_task_card("eurosat")), tmp_path / "data", SIDE, COUNTS)
+    made.write()
+    card = write_small_card("eurosat", tmp_path)
+    options = ("model.model.patch_size=4", *(f"~benchmark.protocols.{name}" for name in ("finetune", "adapter")))
+    folder = run_raster_benchmark(configure(card, *options))
+    noted = json.loads((folder / "provenance.json").read_text())
+    assert noted["data"]["eurosat"]["archive"] == {
+        "EuroSAT.zip": (tmp_path / "data" / "eurosat" / "EuroSAT.zip").stat().st_size
+    }
+    assert [len(noted["data"]["eurosat"][name]) for name in ("members", "index")] == [64, 64]
+    assert noted["precision"] == "32-true"
+    run_raster_benchmark(configure(card, *options, f"resume={folder}"))
+    made.rows[0]["label"] = "River"
+    made.write()
+    with pytest.raises(ConfigError, match=r"its rows are of other files of eurosat; begin a new run"):
+        run_raster_benchmark(configure(card, *options, f"resume={folder}"))
 
 
 class PowerCut(BaseException):

@@ -1,18 +1,22 @@
 """Encoders on small tasks: rows against scikit-learn, resuming, other bands, options that cannot work."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from sklearn.neighbors import KNeighborsClassifier
 
+import vision_lowrank
 from vision_lowrank.data.scene_tasks import scene_task
-from vision_lowrank.errors import ConfigError
+from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.evaluation.benchmark_rows import read_rows
 from vision_lowrank.raster_benchmark import run_raster_benchmark
 from vision_lowrank.results import main
 
 SIDE, CLASSES = 48, 6
+CARD = Path(vision_lowrank.__file__).parent / "assets" / "enmap_potsdam.yaml"
 LESS = (
     "{_target_: vision_lowrank.models.encoders.LessEncoder, weights: null, "
     "model: {_target_: vision_lowrank.models.less_vit.LessViT, embed_dim: 32, depth: 1, num_heads: 4, patch_size: 2, "
@@ -65,7 +69,10 @@ def configure(card, tmp_path, repository):
         with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
             return compose(
                 "evaluate",
-                ["benchmark=mini", f"runs_root={tmp_path}", *scene, "tasks.segmentation.side=8", *QUICK, *overrides],
+                [
+                    *("benchmark=mini", f"runs_root={tmp_path}", f"benchmark.root={tmp_path}", *scene),
+                    *("tasks.segmentation.side=8", *QUICK, *overrides),
+                ],
             )
 
     return make
@@ -115,6 +122,32 @@ def test_all_protocols_are_measured_and_a_run_resumes(configure, card, capsys):
     assert "nothing.csv: not found" in capsys.readouterr().err
 
 
+def test_tasks_of_satellite_tiles_are_measured_where_these_are(configure, shared_path, caplog):
+    only = ("~tasks.classification", "~benchmark.protocols.linear", "~benchmark.protocols.finetune",
+            "~benchmark.protocols.adapter", "~benchmark.encoders.less_vit")  # fmt: skip
+    run_raster_benchmark(configure(*only))
+    for task in ("enmap_classification", "enmap_segmentation"):
+        assert f"task {task} is left out: put images/*.tif, labels/*.tif under these names" in caplog.text
+    with pytest.raises(DataError, match="none of the tasks enmap_classification, enmap_segmentation has its files"):
+        run_raster_benchmark(configure(*only, "~tasks.segmentation"))
+
+    folder = shared_path("data", "enmap_potsdam").parent
+    caplog.clear()
+    rows = read_rows(
+        run_raster_benchmark(configure(*only, "~tasks.segmentation", f"benchmark.root={folder}")) / "results.csv"
+    )
+    assert {(row.task, row.protocol) for row in rows} == {
+        (f"enmap_potsdam_{kind}", f"knn-{k}") for kind in ("classification", "segmentation") for k in (5, 20)
+    }
+    assert "left out: put" not in caplog.text
+    # better than to call everything a tree, the most frequent class
+    (row,) = [row for row in rows if row.key[:2] == ("enmap_potsdam_classification", "knn-5")]
+    data = scene_task(str(CARD), str(folder), "classification", side=4, seed=0, every=20)
+    truth = np.array([int(data.test[index]["label"]) for index in range(len(data.test))])
+    assert len(data.wavelengths) == 11
+    assert row.value > np.bincount(truth).max() / len(truth)
+
+
 def test_other_bands_are_tested_without_training_on_them(configure):
     config = configure(
         "benchmark.bands={train: [400, 1000], test: [[1000, 2500], [400, 2500]]}", "~benchmark.encoders.band_statistics"
@@ -140,6 +173,9 @@ def test_other_bands_are_tested_without_training_on_them(configure):
     [
         ("+benchmark.protocols.zero={}", "protocols has zero"),
         ("benchmark.seeds=[]", "at least one entry"),
+        ("devices=2", "devices=2: this benchmark computes on one; run tasks or seeds by commands of their own"),
+        ("benchmark.sensors=[radar]", "task classification has optical images only"),
+        ("+benchmark.protocols.finetune.head=fpn", "finetune.head is 'fpn'; it can be linear, upernet, or null"),
         (f"+benchmark.encoders.again={LESS}", r"less_vit and again are both called less_vit 32 x 1 \(random\)"),
         ("benchmark.protocols.knn.neighbours=[5,500]", "neighbours has 500: classification has"),
         ("weights=somewhere", "has none to load"),

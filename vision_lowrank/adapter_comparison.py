@@ -130,6 +130,8 @@ def _check(config: DictConfig) -> list[float]:
         raise ConfigError(
             "a comparison runs on one device, and goes on by itself: leave out trainer.devices and ckpt_path"
         )
+    if config.compile:
+        raise ConfigError("the stem of a comparison looks patches up, which cannot be compiled: leave out compile")
     if config.base is not None:
         raise ConfigError("a comparison pretrains its own base, with the scaling that belongs to it: leave out base")
     return rates

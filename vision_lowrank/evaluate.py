@@ -8,9 +8,14 @@ from omegaconf import DictConfig
 
 from vision_lowrank.composition_benchmark import run_composition
 from vision_lowrank.console import run_as_command
+from vision_lowrank.few_labels import run_few_labels
 from vision_lowrank.raster_benchmark import run_raster_benchmark
 
-BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {"composition": run_composition, "raster": run_raster_benchmark}
+BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {
+    "composition": run_composition,
+    "few_labels": run_few_labels,
+    "raster": run_raster_benchmark,
+}
 
 
 @hydra.main(config_path="../configs", config_name="evaluate", version_base="1.3")

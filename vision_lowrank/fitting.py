@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from vision_lowrank.adapters import freeze_except
 from vision_lowrank.adapters.lora_plus import lora_plus_groups
 from vision_lowrank.checkpoints import Patience, Resumption, WholeFiles, checkpoints, read_checkpoint
+from vision_lowrank.compilation import Compilation
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError, ConfigError
@@ -121,7 +122,8 @@ def train_network(
     best, last = checkpoints(folder, CHOICE, "max")
     # while a cycle begins anew validation at full strength says little, for longer than any patience
     patience = config.trainer.max_epochs if adapted else config.patience
-    trainer = make_trainer(config, precision, [best, last, Patience(CHOICE, patience=patience, mode="max"), *hooks])
+    stop = Patience(CHOICE, patience=patience, mode="max")
+    trainer = make_trainer(config, precision, [best, last, stop, *hooks], use_distributed_sampler=False)
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
@@ -296,12 +298,27 @@ def pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision:
     logger.info("pretraining on %d pixels of the scene, without labels: %s", pixels.size, seen)
     model = build(config, data)
     task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
-    trainer = make_trainer(config, precision, [], max_epochs=config.pretraining.epochs)
-    trainer.fit(task, data.pretrain_dataloader(trainer.world_size))
+    epochs = config.pretraining.epochs
+    trainer = make_trainer(config, precision, [], max_epochs=epochs, use_distributed_sampler=False)
+    together = trainer.world_size > 1
+    if together:
+        _settle_decoder(task, next(iter(data.pretrain_dataloader()))["image"])
+        # several processes wait for the gradient of each weight, and the loss has none for the head
+        model.get_classifier().requires_grad_(False)
+    trainer.fit(task, data.pretrain_dataloader())
+    if together:
+        model.get_classifier().requires_grad_(True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     write_csv(folder / "pretraining.csv", task.history)
     return model
+
+
+@torch.no_grad()
+def _settle_decoder(task: MaskedPretraining, image: Tensor) -> None:
+    """Gives the decoder its weights, whose number its first input tells, before processes share them."""
+    task.decoder(task.model.eval().forward_features(image))
+    task.model.train()
 
 
 def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> SceneClassification:
@@ -317,10 +334,11 @@ def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> S
 
 def make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callback], **changes: Any) -> L.Trainer:
     """Returns the configured Trainer, with a progress bar; without callbacks, without checkpoints."""
+    compilation = [Compilation()] if config.compile else []
     trainer: L.Trainer = instantiate(
         config.trainer,
         precision=precision,
-        callbacks=[*callbacks, Resumption(), LossWatch(), RichProgressBar(leave=False)],
+        callbacks=[*callbacks, *compilation, Resumption(), LossWatch(), RichProgressBar(leave=False)],
         plugins=[WholeFiles()],
         logger=False,
         enable_model_summary=False,

@@ -92,17 +92,19 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     seconds = time.perf_counter() - started
     if not best.best_model_path:
         raise CheckpointError("no epoch was finished, so there are no weights to keep; raise trainer.max_epochs")
-    task.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
+    kept: HyperMAEPretraining = instantiate(config.task, model=instantiate(config.model))
+    # another one than was trained, of whose weights this process may hold a part only
+    kept.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
     with atomic_folder(folder / "encoder") as temporary:
-        task.model.encoder.save_pretrained(temporary)
+        kept.model.encoder.save_pretrained(temporary)
     write_csv(folder / "history.csv", task.history)
     _save_curves(folder / "curves.png", task.history)
-    errors = evaluate_reconstruction(task.eval(), data, precision, folder)
+    errors = evaluate_reconstruction(kept.eval(), data, precision, folder)
     facts = {
         "seconds": seconds,
         "epochs": task.history[-1]["epoch"],
-        "parameters": sum(parameter.numel() for parameter in task.parameters()),
-        "encoder_parameters": sum(parameter.numel() for parameter in task.model.encoder.parameters()),
+        "parameters": sum(parameter.numel() for parameter in kept.parameters()),
+        "encoder_parameters": sum(parameter.numel() for parameter in kept.model.encoder.parameters()),
         "normalised_targets": task.model.normalise_targets,
     }
     write_json(folder / "metrics.json", {"seed": config.seed, "mean_squared_error": errors, "facts": facts})
@@ -125,10 +127,8 @@ def evaluate_reconstruction(
     Returns:
         Mean squared error by kind of hiding and filling.
     """
-    held_out = any(source.test.size for source in data.sources.values())
-    loader = data.test_dataloader() if held_out else data.val_dataloader()
     totals: Errors = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(data.held_out_dataloader()):
         result, scale, valid = _reconstruct(task, batch, number, precision)
         tiles = [_tile(task, batch, result, scale, valid, index) for index in range(len(batch["image"]))]
         for tile in tiles:

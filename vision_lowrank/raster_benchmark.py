@@ -12,25 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vision_lowrank.data.image_tasks import TaskData
+from vision_lowrank.data.task_cards import HEADS
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.benchmark_rows import Key, Row, append_row, done, read_rows
 from vision_lowrank.evaluation.probes import choose_logistic, knn, knn_masks
 from vision_lowrank.evaluation.task_metrics import bootstrap, image_confusion, score_task
-from vision_lowrank.instantiate import instantiate
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.precision import choose_device, choose_precision
-from vision_lowrank.raster_data import Opened, Tasks
+from vision_lowrank.raster_data import Opened, Tasks, present_tasks
+from vision_lowrank.raster_encoders import encoder_maker, find_encoders, try_encoders, weights_name
 from vision_lowrank.raster_features import Features, count_gmacs, extract, weights_digest
 from vision_lowrank.raster_fitting import fit_raster
 from vision_lowrank.results import report
-from vision_lowrank.runs import open_run
+from vision_lowrank.runs import open_run, write_json
 
 PROTOCOLS = ("knn", "linear", "finetune", "adapter")
 # of protocols that train; the others need none
@@ -68,15 +68,24 @@ def run_raster_benchmark(config: DictConfig) -> Path:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, torch.device(device).type)
     _check(options)
-    encoders = _encoders(config, options)
-    tasks = Tasks(OmegaConf.to_container(config.tasks, resolve=True), options)
+    if config.devices != 1:
+        raise ConfigError(
+            f"devices={config.devices}: this benchmark computes on one; run tasks or seeds by commands of their own, "
+            "each with its device=cuda:N, and give their tables to python -m vision_lowrank.results"
+        )
+    encoders = find_encoders(config, options)
+    tasks = Tasks(present_tasks(OmegaConf.to_container(config.tasks, resolve=True)), options)
     neighbours = max(options["protocols"].get("knn", {}).get("neighbours", []), default=0)
+    files = {}
     for name in tasks.tasks:
         opened = tasks.prepare(name, options["seeds"][0], neighbours)
-        _try(encoders, opened, options["seeds"][0])
+        heads = {_head(options, protocol, opened) for protocol in options["protocols"]}
+        try_encoders(encoders, opened, heads, options["seeds"][0])
+        files[opened.data.name] = dict(opened.data.files)
     for name in tasks.tasks:
         tasks.read_through(name)
     folder = open_run(config, precision)
+    _note_files(folder, files)
     run = _Run(folder, options, device, precision)
     for name, fraction, seed in itertools.product(tasks.tasks, tasks.fractions, options["seeds"]):
         opened = tasks.open(name, fraction, seed)
@@ -102,9 +111,9 @@ class _Run:
 
     def measure(self, opened: Opened, spec: Mapping[str, Any], fraction: float, seed: int) -> None:
         """Adds the rows of one encoder on one task with one seed that are not there yet."""
-        make = _maker(spec, opened, seed, self.device)
+        make = encoder_maker(spec, opened, seed, self.device)
         encoder = make()
-        weights = _weights(encoder, spec)
+        weights = weights_name(encoder, spec)
         gmacs = count_gmacs(encoder, opened.data.train, opened.data.kind, self.device)
         common: dict[str, Any] = {
             "task": opened.data.name, "encoder": encoder.name, "weights": weights, "fraction": fraction, "seed": seed,
@@ -113,10 +122,13 @@ class _Run:
             if protocol in TRAINED and not any(True for _ in encoder.parameters()):
                 # nothing to train but the head, which is the linear protocol
                 continue
-            names = [f"knn-{k}" for k in self.options["protocols"]["knn"]["neighbours"]] if protocol == "knn" else None
+            if protocol == "knn":
+                names = [f"knn-{k}" for k in self.options["protocols"]["knn"]["neighbours"]]
+            else:
+                names = [_called(protocol, _head(self.options, protocol, opened))]
             keys = [
                 Key(protocol=name, split=self.options["split"] + test, **common)
-                for name in names or [protocol]
+                for name in names
                 for test in opened.tests
             ]
             rows = read_rows(self.table)
@@ -180,20 +192,22 @@ class _Run:
         data, settings = opened.data, self.options["protocols"][protocol]
         segmentation = data.kind == "segmentation"
         if protocol in TRAINED or (protocol == "linear" and segmentation):
-            name = f"{data.name}-{encoder.name}-{weights[:8]}-{protocol}-{fraction:g}-seed{seed}"
+            head = _head(self.options, protocol, opened)
+            called = _called(protocol, head)
+            name = f"{data.name}-{encoder.name}-{weights[:8]}-{called}-{fraction:g}-seed{seed}"
             place = (
                 self.folder / "fits" / "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
             )
             fitted = fit_raster(
                 data, make, protocol, settings["learning_rates"], settings["epochs"], settings["batch_size"],
                 self.precision, self.device, place, seed, settings.get("targets", []), settings.get("rank", 1),
-                self.options["num_workers"], opened.tests,
+                self.options["num_workers"], opened.tests, head,
             )  # fmt: skip
             rates = ", ".join(f"{trial.learning_rate:g}" for trial in fitted.trials)
             chosen = f"lr={fitted.learning_rate:g} of {rates}; epoch {fitted.epoch} of {settings['epochs']}"
             for test, (predictions, targets) in fitted.tests.items():
                 parameters = fitted.trainable_parameters
-                yield test, Outcome(predictions, targets, parameters, chosen, protocol, fitted.seconds)
+                yield test, Outcome(predictions, targets, parameters, chosen, called, fitted.seconds)
             return
         encoder.eval()
         digest = weights_digest(encoder)
@@ -244,56 +258,36 @@ def _to(values: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(values).to(device)
 
 
+def _note_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Adds to the provenance of a run what its data lie in.
+
+    Raises:
+        ConfigError: rows that are there already are of other data.
+    """
+    path = folder / "provenance.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name, known in content["data"].items() if known != files.get(name)]:
+        raise ConfigError(f"resume={folder}: its rows are of other files of {', '.join(changed)}; begin a new run")
+    write_json(path, {**content, "data": files})
+
+
 def _check(options: Mapping[str, Any]) -> None:
     if strange := set(options["protocols"]) - set(PROTOCOLS):
         raise ConfigError(f"benchmark.protocols has {', '.join(sorted(strange))}; it can have {', '.join(PROTOCOLS)}")
     if not options["protocols"] or not options["seeds"]:
         raise ConfigError("benchmark.protocols and benchmark.seeds need at least one entry each")
+    for name in TRAINED:
+        if (head := options["protocols"].get(name, {}).get("head")) not in (None, *HEADS):
+            raise ConfigError(f"benchmark.protocols.{name}.head is {head!r}; it can be {', '.join(HEADS)}, or null")
 
 
-def _encoders(config: DictConfig, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the configurations of the encoders by name: `model`, or the several of the benchmark."""
-    given: Any = None if config.get("model") is None else OmegaConf.to_container(config.model, resolve=True)
-    encoders = dict(options["encoders"]) if given is None else {"model": given}
-    if config.weights is not None:
-        for name, spec in encoders.items():
-            if "weights" not in spec:
-                raise ConfigError(f"weights={config.weights}: {spec['_target_']} has none to load; leave it out")
-            encoders[name] = {**spec, "weights": config.weights}
-    return encoders
+def _head(options: Mapping[str, Any], protocol: str, opened: Opened) -> str:
+    """Returns the head that a protocol trains on the task: what the options say, else that of the task's authors."""
+    if protocol not in TRAINED or opened.data.kind != "segmentation":
+        return "linear"
+    return options["protocols"][protocol].get("head") or opened.head
 
 
-def _maker(spec: Mapping[str, Any], opened: Opened, seed: int, device: str) -> Callable[[], Any]:
-    """Returns a function that builds the same prepared encoder each time."""
-
-    def make() -> Any:
-        L.seed_everything(seed, workers=True, verbose=False)
-        encoder = instantiate(spec)
-        encoder.prepare(opened.data.wavelengths.tolist())
-        return encoder.to(device)
-
-    return make
-
-
-def _try(encoders: Mapping[str, Mapping[str, Any]], opened: Opened, seed: int) -> None:
-    """Runs one sample of each test set through each encoder, so that what does not fit is known before work starts."""
-    known: dict[tuple[str, str], str] = {}
-    for name, spec in encoders.items():
-        encoder = _maker(spec, opened, seed, "cpu")().eval()
-        for samples in opened.tests.values():
-            count_gmacs(encoder, samples, opened.data.kind, "cpu")
-        # rows know an encoder by these
-        called = (encoder.name, _weights(encoder, spec))
-        if called in known:
-            raise ConfigError(
-                f"benchmark.encoders: {known[called]} and {name} are both called {encoder.name}; run them apart"
-            )
-        known[called] = name
-
-
-def _weights(encoder: Any, spec: Mapping[str, Any]) -> str:
-    """Returns what a table calls the weights."""
-    if not any(True for _ in encoder.parameters()):
-        return "none"
-    known = spec.get("weights") is not None or spec.get("pretrained")
-    return weights_digest(encoder) if known else "random"
+def _called(protocol: str, head: str) -> str:
+    """Returns what rows call a protocol that trains this head."""
+    return protocol if head == "linear" else f"{protocol}-{head}"

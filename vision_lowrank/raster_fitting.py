@@ -91,6 +91,7 @@ def fit_raster(
     rank: int,
     num_workers: int,
     tests: Mapping[str, Any],
+    head: str = "linear",
 ) -> Fitted:
     """Trains once a learning rate, all alike otherwise, chooses by the validation metric, then predicts the test sets.
 
@@ -114,6 +115,7 @@ def fit_raster(
         rank: of the adapters; of mode adapter only.
         num_workers: processes that read samples.
         tests: what to predict at the end, by name; such as the test set, seen by several sensors.
+        head: see `RasterModel`.
 
     Raises:
         ConfigError: an option is out of range, `folder` belongs to a call with other arguments, or the encoder's
@@ -131,6 +133,7 @@ def fit_raster(
         "mode": mode, "learning_rates": list(learning_rates), "epochs": epochs, "batch_size": batch_size,
         "precision": choose_precision(precision, torch.device(device).type), "seed": seed,
         "targets": list(targets) if mode == "adapter" else None, "rank": rank if mode == "adapter" else None,
+        "head": head,
     }  # fmt: skip
     fit = _Fit(task_data, make_encoder, settings, device, folder, num_workers)
     trainable, identity = _inspect(fit.task(learning_rates[0]).model.to(device), task_data, device)
@@ -181,7 +184,7 @@ class _Fit:
         """Returns the model as training finds it, the same each time."""
         L.seed_everything(self.settings["seed"], workers=True, verbose=False)
         encoder: Any = self.make_encoder()
-        model = RasterModel(encoder, cast(Kind, self.data.kind), len(self.data.classes))
+        model = RasterModel(encoder, cast(Kind, self.data.kind), len(self.data.classes), self.settings["head"])
         if self.settings["mode"] == "linear":
             encoder.requires_grad_(False)
         elif self.settings["mode"] == "adapter":
@@ -294,14 +297,23 @@ def _check_options(mode: str, rates: Sequence[float], epochs: int, batch_size: i
 
 
 @torch.no_grad()
+def try_model(model: RasterModel, task_data: TaskData, device: str) -> None:
+    """Runs a sample through a model, which checks the shape of the encoder's features.
+
+    Raises:
+        ConfigError: they have another one than the encoder promises.
+    """
+    sample = default_collate([task_data.train[0]])
+    model.eval()(*(sample[name].to(device) for name in ("image", "wavelengths", "gsd")))
+
+
 def _inspect(model: RasterModel, task_data: TaskData, device: str) -> tuple[int, dict[str, Any]]:
-    """Runs a sample through an untrained model, which checks the shape of the encoder's features.
+    """Tries an untrained model.
 
     Returns:
         The number of trainable parameters, and what tells task and encoder from others.
     """
-    sample = default_collate([task_data.train[0]])
-    model.eval()(*(sample[name].to(device) for name in ("image", "wavelengths", "gsd")))
+    try_model(model, task_data, device)
     return count_parameters(model).trainable, {
         "task": task_data.name, "data": task_data.fingerprint, "kind": task_data.kind, "metric": task_data.metric,
         "encoder": model.encoder.name, "weights": weights_digest(model),

@@ -124,13 +124,14 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
-    """Makes `root/experiment/YYYYmmdd-HHMMSS-seed<seed>/`; a second run in the same second gets the suffix `-2`.
+def create_run_folder(root: str | Path, experiment: str, seed: int, stamp: str | None = None) -> Path:
+    """Makes `root/experiment/<stamp>-seed<seed>/`; a second run in the same second gets the suffix `-2`.
 
     Args:
         root: folder of all runs.
         experiment: one folder name.
         seed: the run's seed.
+        stamp: tells runs apart; None for the time as YYYYmmdd-HHMMSS.
 
     Raises:
         ConfigError: `experiment` is not a plain name.
@@ -139,7 +140,7 @@ def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
         raise ConfigError(f"experiment name {experiment!r}: use letters, digits, '_', '-' and '.' only")
     parent = Path(root) / experiment
     parent.mkdir(parents=True, exist_ok=True)
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-seed{seed}"
+    name = f"{stamp or datetime.now().strftime('%Y%m%d-%H%M%S')}-seed{seed}"
     attempt = 1
     while True:
         folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
@@ -154,14 +155,27 @@ def create_run_folder(root: str | Path, experiment: str, seed: int) -> Path:
 def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]) -> Path:
     """Makes the folder of a new run, with its configuration and provenance; the processes it starts get the same one.
 
+    Processes that `srun` starts know it by the number of their job and step.
+
     Args:
         config: has `runs_root`, `name` and `seed`.
         precision: see `provenance`.
         data_hashes: see `provenance`.
+
+    Raises:
+        ConfigError: this is one of several processes that something else has started.
     """
+    step = _slurm_step()
     if process_rank() > 0:
-        return Path(os.environ[RUN_VARIABLE])
-    folder = create_run_folder(config.runs_root, config.name, config.seed)
+        if RUN_VARIABLE in os.environ:
+            return Path(os.environ[RUN_VARIABLE])
+        if step is not None:
+            return Path(config.runs_root) / config.name / f"{step}-seed{config.seed}"
+        raise ConfigError(
+            f"process {process_rank()} of several was not told the folder of the run; start one train.py, which starts "
+            "the others, or all of them by srun"
+        )
+    folder = create_run_folder(config.runs_root, config.name, config.seed, step)
     os.environ[RUN_VARIABLE] = str(folder)
     write_json(folder / "provenance.json", provenance(precision, data_hashes))
     # last: by it a run that can be resumed is known
@@ -206,6 +220,14 @@ def _settings(config: Any) -> dict[str, Any]:
 def process_rank() -> int:
     """Returns the number of this process in a distributed run, 0 outside of one; known before anything is set up."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
+
+
+def _slurm_step() -> str | None:
+    """Returns what names a SLURM step of several processes, None outside of one."""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    if job is None or step is None or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+        return None
+    return f"slurm{job}.{step}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def provenance(precision: str, data_hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 KEYS = (
     *("name", "runs_root", "seed", "seeds", "regime", "base", "baselines", "ckpt_path", "patience", "random_walk"),
-    *("comparison", "data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
+    *("comparison", "compile", "data", "model", "adapter", "pretraining", "task", "trainer", "samples", "concept"),
 )
+# `trainer.strategy` of trainer=fsdp
+SHARDED = {"_target_": "vision_lowrank.sharding.ShardedStrategy"}
 # what learns from sprites, by the task
 SPRITE_RUNS: dict[str, Callable[[DictConfig], Path]] = {
     "vision_lowrank.tasks.text_to_image.TextToImage": run_text_to_image,
@@ -57,6 +59,9 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():
         raise ConfigError(f"trainer.accelerator={config.trainer.accelerator}: PyTorch sees none here; use trainer=cpu")
+    pretraining = config.task._target_.endswith(f".{HyperMAEPretraining.__name__}")
+    if config.trainer.strategy == SHARDED and not pretraining:
+        raise ConfigError("trainer=fsdp shares out the weights of Hyper-MAE only; use trainer=ddp for this task")
     if config.task._target_ in SPRITE_RUNS:
         for seed in seeds:
             folder = SPRITE_RUNS[config.task._target_](
@@ -64,7 +69,6 @@ def train(config: DictConfig) -> list[RunResult]:
             )
             logger.info("written to %s", folder)
         return []
-    pretraining = config.task._target_.endswith(f".{HyperMAEPretraining.__name__}")
     results: list[RunResult] = []
     errors: list[dict[str, dict[str, float]]] = []
     for seed in seeds:

@@ -1,8 +1,12 @@
 """Benchmark tasks out of miniature archives: every value, both axis orders, and what can be wrong with a tile."""
 
 import dataclasses
+import hashlib
 import io
+import json
+import os
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -15,8 +19,9 @@ from vision_lowrank.data import image_tasks
 from vision_lowrank.data.__main__ import main
 from vision_lowrank.data.cards import CARDS_FOLDER
 from vision_lowrank.data.download import fetch
-from vision_lowrank.data.image_tasks import open_task, read_through, read_tiff
+from vision_lowrank.data.image_tasks import open_task, read_through
 from vision_lowrank.data.task_cards import list_task_cards, load_task_card
+from vision_lowrank.data.task_tiles import read_tiff
 from vision_lowrank.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -100,6 +105,108 @@ def test_a_tar_in_parts_is_unpacked_and_read(tmp_path):
     (tmp_path / "bigearthnet" / "data" / "bigearthnet_part_ac").unlink()
     with pytest.raises(DataError, match="task bigearthnet: 1 files not found; get data/bigearthnet_part_ac from"):
         open_task(card, tmp_path)
+
+
+@pytest.mark.parametrize("sensors", [["radar"], ["radar", "optical"]])
+def test_radar_comes_last_with_its_codes(dfc2020, sensors):
+    """By the specification: dummy wavelengths, means and deviations in decibels."""
+    dfc2020.write()
+    task = open_task(dfc2020.card, dfc2020.root, sensors=sensors)
+    assert task.wavelengths[-2:].tolist() == [5500, 5700]
+    assert (task.radar, len(task.wavelengths)) == (2, 2 if sensors == ["radar"] else 15)
+    mean, std = np.array([-12.54847273, -20.19237134]), np.array([5.25697717, 5.91150917])
+    optical = open_task(dfc2020.card, dfc2020.root)
+    assert (optical.radar, len(optical.wavelengths)) == (0, 13)
+    assert optical.test.fingerprint != task.test.fingerprint
+    for index, values in enumerate(dfc2020.radar["test"]):
+        image = task.test[index]["image"]
+        expected = (values - mean[:, None, None]) / std[:, None, None]
+        np.testing.assert_allclose(image[-2:].numpy(), expected, atol=1e-5)
+        if len(image) > 2:
+            assert torch.equal(image[:13], optical.test[index]["image"])
+
+
+def test_radar_that_is_not_there_is_told(dfc2020, eurosat):
+    dfc2020.files[dfc2020.rows[4]["radar_path"]] = samples_tiff(np.zeros((3, SIDE, SIDE), np.float32))
+    dfc2020.write()
+    read_through(dfc2020.card, dfc2020.root, 0)
+    with pytest.raises(DataError, match=r"DFC2020/radar/tile4\.tif: 3 x 8 x 8, neither .*with 2 bands"):
+        read_through(dfc2020.card, dfc2020.root, 0, ["optical", "radar"])
+    del dfc2020.files[dfc2020.rows[4]["radar_path"]]
+    with pytest.raises(DataError, match=r"1 files of the index are not there, first DFC2020/radar/tile4\.tif"):
+        dfc2020.open()
+    for row in dfc2020.rows[2:5]:
+        row["radar_path"] = ""
+    assert len(dfc2020.open().wavelengths) == 13
+    with pytest.raises(DataError, match=r"DFC2020\.zip: 3 samples without radar; use sensors=\[optical\]"):
+        dfc2020.open(sensors=["radar"])
+    with pytest.raises(ConfigError, match=r"task eurosat has no radar images; use sensors=\[optical\]"):
+        eurosat.open(sensors=["radar"])
+    with pytest.raises(ConfigError, match=r"sensors=\['sar'\]: give optical or radar, or both"):
+        eurosat.open(sensors=["sar"])
+
+
+def test_radar_folders_of_the_original(tmp_path):
+    """One TIFF a band of either sensor; the second column names the folder of the radar tile."""
+    card = small(load_task_card("bigearthnet"))
+    made = Miniature(card, tmp_path, SIDE, COUNTS)
+    files, lists = {}, {"train": [], "val": [], "test": []}
+    for number, row in enumerate(made.rows):
+        split = row["split"]
+        index = sum(other["split"] == split for other in made.rows[:number])
+        lists[split].append(f"S2_{number},S1_{number}")
+        for kind, bands, values in (("S2", card.bands, made.images), ("S1", card.radar, made.radar)):
+            for band, plane in zip(bands, values[split][index], strict=True):
+                files[f"BigEarthNet/{kind}/{kind}_{number}/{kind}_{number}_{band.name}.tif"] = samples_tiff(plane[None])
+        label = json.dumps({"labels": [card.classes[made.labels[split][index][0]].name]})
+        files[f"BigEarthNet/S2/S2_{number}/S2_{number}_labels_metadata.json"] = label.encode()
+    for split, lines in lists.items():
+        files[f"BigEarthNet/bigearthnet-{split}.csv"] = "\n".join(lines).encode()
+    for name, content in files.items():
+        path = tmp_path / "bigearthnet" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    task = open_task(card, tmp_path, sensors=["optical", "radar"])
+    expected = (made.radar["test"][1] - np.array([-12.54847273, -20.19237134])[:, None, None]) / np.array(
+        [5.25697717, 5.91150917]
+    )[:, None, None]
+    np.testing.assert_allclose(task.test[1]["image"][12:].numpy(), expected, atol=1e-5)
+    (tmp_path / "bigearthnet" / "BigEarthNet" / "S1" / "S1_3" / "S1_3_VH.tif").unlink()
+    with pytest.raises(DataError, match=r"1 files of the index are not there, first BigEarthNet/S1/S1_3/S1_3_VH\.tif"):
+        open_task(card, tmp_path)
+
+
+def test_the_record_of_the_files_is_that_of_a_copy_too(eurosat, tmp_path):
+    """Sizes from the disk, the index written out, members that differ by one byte."""
+    first = eurosat.open().files
+    archive = eurosat.root / "eurosat" / "EuroSAT.zip"
+    assert first["archive"] == {"EuroSAT.zip": archive.stat().st_size}
+    lines = [
+        f"{SPLITS[row['split']]}\0EuroSAT/{row['optical_path']}\0{label}\0\n"
+        for split in ("train", "val", "test")
+        for row, label in zip(
+            (row for row in eurosat.rows if row["split"] == split), eurosat.labels[split], strict=True
+        )
+    ]
+    assert first["index"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    copy = tmp_path / "copy"
+    shutil.copytree(eurosat.root / "eurosat", copy / "eurosat")
+    assert open_task(eurosat.card, copy, fraction=0.5).files == first
+    name = eurosat.rows[0]["optical_path"]
+    eurosat.files[name] = eurosat.files[name][:-1] + bytes([eurosat.files[name][-1] ^ 1])
+    changed = eurosat.open().files
+    assert changed["index"] == first["index"]
+    assert changed["members"] != first["members"]
+
+    archive.unlink()
+    for member, content in eurosat.members().items():
+        path = eurosat.root / "eurosat" / member
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    folder = open_task(eurosat.card, eurosat.root).files
+    os.utime(path, (1, 1))
+    assert open_task(eurosat.card, eurosat.root).files == folder
+    assert (folder["archive"], folder["index"]) == ({}, first["index"])
 
 
 def test_workers_read_the_same_as_the_main_process(eurosat):

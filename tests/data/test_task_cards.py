@@ -84,6 +84,7 @@ def test_cards_agree_with_the_published_numbers(name, kind, metric, bands, class
         fraction,
         fraction,
     )
+    assert protocol.head == ("upernet" if kind == "segmentation" else "linear")
 
 
 def numbers(text):
@@ -218,7 +219,11 @@ def test_missing_knows_archives_parts_and_unpacked_folders(make_card, tmp_path):
         ({"group": "("}, "group '(' is no regular expression"),
         ({"group": "a+"}, "group 'a+' needs one pair of brackets"),
         ({"disc": 4}, "unknown key disc, did you mean disk?"),
+        ({"radar": [{"name": "VV", "code": 5500, "mean": -12, "std": 0}]}, "std of band VV is not above 0"),
+        ({"radar": [{"name": one, "code": 1, "mean": 0, "std": 1} for one in "ab"]}, "radar codes must differ"),
         ({"protocol": {}}, "protocol.crop is missing"),
+        ({"protocol": {"crop": 8, "head": "uppernet"}}, "head is 'uppernet'"),
+        ({"kind": "classification", "protocol": {"crop": 8, "head": "upernet"}}, "head is 'upernet'; it can be linear"),
     ],
 )
 def test_a_wrong_card_is_told_what_to_mend(make_card, changes, message):

@@ -202,22 +202,25 @@ def test_processes_share_the_batches_equally():
     options = {"lengths": [26, 11], "batch_size": 3, "seed": 4}
     alone = list(MixedBatches(**options, rank=0, processes=1))
     assert len(alone) == 8 + 3
-    shares = [MixedBatches(**options, rank=rank, processes=3) for rank in range(3)]
+    shares = [MixedBatches(**options, rank=rank, processes=2) for rank in range(2)]
     batches = [list(share) for share in shares]
-    assert [len(share) for share in shares] == [len(share) for share in batches] == [3, 3, 3]
-    for rank in range(3):
-        assert batches[rank] == alone[:9][rank::3]
-    with pytest.raises(ConfigError, match=r"37 training tiles make fewer batches of 30 than .*\(3\); lower batch_size"):
-        MixedBatches([26, 11], 30, 0, 0, 3)
+    assert [len(share) for share in shares] == [len(share) for share in batches] == [11, 11]
+    for rank in range(2):
+        assert batches[rank] == [whole[rank::2] for whole in alone]
+    with pytest.raises(ConfigError, match=r"batches of 2 from sources of 26, 11 training tiles are too small for 3 p"):
+        MixedBatches([26, 11], 2, 0, 0, 3)
 
 
 def test_a_step_is_shared_among_processes(monkeypatch):
     module = make({"a": ListedTiles(numbered(30, 2))})
-    alone = [numbers for _, numbers in order(module, make(module.sources, batch_size=2).train_dataloader())]
+    alone = [numbers for _, numbers in order(module, module.train_dataloader())]
+    held_out = [numbers for _, numbers in order(module, module.val_dataloader())]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    assert [numbers for _, numbers in order(module, module.train_dataloader())] == alone[1:12:2]
+    assert [numbers for _, numbers in order(module, module.train_dataloader())] == [part[1::2] for part in alone]
+    shares = [part[1::2] for part in held_out if len(part) > 1]
+    assert [numbers for _, numbers in order(module, module.val_dataloader())] == shares
 
 
 def test_tiles_without_a_valid_pixel_give_way_to_the_next(caplog):

@@ -21,6 +21,7 @@ from vision_lowrank.models.encoders import (
     LessEncoder,
     checked_image_features,
     checked_patch_features,
+    checked_patch_maps,
 )
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.timm_encoder import TimmEncoder, average_matrix, select_matrix
@@ -322,6 +323,66 @@ def test_channel_vit_knows_channels_by_index():
     torch.testing.assert_close(again, features, atol=1e-10, rtol=0)
     encoder.prepare([500.0, 600.0])
     assert checked_patch_features(encoder, image[:, :2], WAVELENGTHS[:2], 10.0).shape == (1, 12, 2, 3)
+
+
+@pytest.mark.parametrize("optical", [0, 5])
+def test_less_reads_the_last_channels_as_radar(optical):
+    encoder = LessEncoder(less(radar=True, depth=4)).eval()
+    image, codes = normal(2, optical + 2, 20, 13), torch.tensor([5500.0, 5700.0])
+    encoder.prepare_radar(2)
+    wavelengths = torch.cat([WAVELENGTHS[:optical], codes]).expand(2, -1)
+    features = encoder.forward_patch_features(image, wavelengths, 10.0)
+    seen = (image[:, :optical], WAVELENGTHS) if optical else (None, None)
+    expected = encoder.model.forward_features(*seen, 10.0, image[:, optical:], codes)[:, 1:, 1:].mean(1)
+    torch.testing.assert_close(features.flatten(2).mT, expected)
+    torch.testing.assert_close(checked_patch_maps(encoder, image, wavelengths, 10.0)[-1], features)
+    encoder.radar = 0
+    assert (encoder.forward_patch_features(image, wavelengths, 10.0) - features).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"less_vit 48 x 2 \(random\) reads no radar; build it with model"):
+        LessEncoder(less()).prepare_radar(2)
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+def test_maps_of_less_are_tokens_after_each_quarter_of_the_blocks(depth):
+    encoder = LessEncoder(less(depth=depth)).eval()
+    image = normal(2, 5, 20, 13)
+    maps = checked_patch_maps(encoder, image, WAVELENGTHS, 10.0)
+    after = []
+    hooks = [block.register_forward_hook(lambda *given: after.append(given[2])) for block in encoder.model.blocks]
+    features = encoder.forward_patch_features(image, WAVELENGTHS, 10.0)
+    for hook in hooks:
+        hook.remove()
+    for found, index in zip(maps, {4: (0, 1, 2, 3), 6: (0, 2, 3, 5)}[depth], strict=True):
+        expected = encoder.model.norm(after[index])[:, 1:, 1:].mean(1)
+        torch.testing.assert_close(found.flatten(2).mT, expected)
+    torch.testing.assert_close(maps[-1], features)
+
+
+def test_maps_of_channel_vit_and_timm_end_in_their_features():
+    encoder, image = channel_vit(depth=8), normal(2, 3, 6, 11).double()
+    maps = checked_patch_maps(encoder, image, WAVELENGTHS[:3], 10.0)
+    torch.testing.assert_close(maps[-1], encoder.forward_patch_features(image, WAVELENGTHS[:3], 10.0))
+    # with the blocks after the sixth out, the third map is the last
+    encoder.blocks = encoder.blocks[:6]
+    torch.testing.assert_close(maps[2], encoder.forward_patch_features(image, WAVELENGTHS[:3], 10.0))
+
+    vit, image = timm_encoder("test_vit"), normal(2, 5, 32, 48)
+    maps = checked_patch_maps(vit, image, WAVELENGTHS, 10.0)
+    torch.testing.assert_close(maps[-1], vit.forward_patch_features(image, WAVELENGTHS, 10.0))
+    assert (maps[0] - maps[1]).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"has no four maps of one size .*head=linear"):
+        checked_patch_maps(timm_encoder("test_resnet"), image, WAVELENGTHS, 10.0)
+
+
+def test_who_has_no_four_maps_is_named():
+    statistics = BandStatistics(4)
+    with pytest.raises(ConfigError, match=r"BandStatistics has no forward_patch_maps, .*head=linear"):
+        checked_patch_maps(statistics, normal(2, 1, 12, 12), WAVELENGTHS[:1], 10.0)
+    with pytest.raises(ConfigError, match="has 2 blocks; UPerNet takes maps from four, use head=linear"):
+        checked_patch_maps(LessEncoder(less()), normal(2, 1, 12, 12), WAVELENGTHS[:1], 10.0)
+    statistics.forward_patch_maps = lambda image, wavelengths, gsd: [image] * 3
+    with pytest.raises(ConfigError, match="returns 3 maps, not four"):
+        checked_patch_maps(statistics, normal(2, 1, 12, 12), WAVELENGTHS[:1], 10.0)
 
 
 def test_an_encoder_of_the_wrong_shape_is_named():

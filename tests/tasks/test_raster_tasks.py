@@ -12,6 +12,7 @@ from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.errors import ConfigError, DataError, TrainingError
 from vision_lowrank.evaluation.task_metrics import score_task
 from vision_lowrank.fitting import read_checkpoint
+from vision_lowrank.models.heads import UPerNetHead
 from vision_lowrank.raster_fitting import fit_raster
 from vision_lowrank.runs import write_json
 from vision_lowrank.tasks import raster_tasks
@@ -38,6 +39,9 @@ class Encoder(nn.Module):
         x = nn.functional.pad(image, (0, -width % 4, 0, -height % 4))
         x = self.drop(nn.functional.gelu(self.norm(self.embed(x))))
         return self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+    def forward_patch_maps(self, image, wavelengths, gsd):
+        return [self.forward_patch_features(image, wavelengths, gsd)] * 4
 
     def forward_image_features(self, image, wavelengths, gsd):
         return self.forward_patch_features(image, wavelengths, gsd).mean((2, 3))
@@ -198,6 +202,31 @@ def test_maps_are_learned_and_the_weights_kept_are_those_of_the_best_epoch(fit):
     union = total.sum(0) + total.sum(1) - total.diagonal()
     assert fitted.trials[0].score == pytest.approx((total.diagonal() / union).mean(), rel=1e-6)
     assert 0.5 < fitted.trials[0].score < 1
+
+
+class Narrow(UPerNetHead):
+    """UPerNet that trains in a second."""
+
+    def __init__(self, dims, num_classes, patch_size):
+        super().__init__(dims, num_classes, patch_size, decoder_dim=32)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "adapter"])
+def test_maps_are_learned_by_upernet(fit, monkeypatch, mode):
+    """Which half is which class is told by the pixels of a patch only, which all four maps see."""
+    monkeypatch.setattr(raster_tasks, "UPerNetHead", Narrow)
+    task = make_task("segmentation", height=7, width=10)
+    fitted = fit(task, mode=mode, rates=(0.01,), head="upernet", epochs=6)
+    untrained = fit(task, mode="linear", rates=(1e-9,), epochs=1, folder="untrained")
+    scores = []
+    for outcome in (fitted, untrained):
+        confusion, _ = outcome.tests["test"]
+        scores.append(confusion.sum(0).trace() / confusion.sum())
+    assert scores[0] > 0.6 > scores[1]
+    head = sum(p.numel() for p in Narrow([12] * 4, CLASSES, 4).parameters())
+    encoder = sum(p.numel() for p in Encoder().parameters())
+    adapters = 2 * (16 + 12) + 2 * (CHANNELS * 16 + 16)
+    assert fitted.trainable_parameters == head + {"finetune": encoder, "adapter": adapters}[mode]
 
 
 def test_labels_are_learned(fit):
@@ -481,6 +510,8 @@ def test_wrong_options_are_refused(fit, tmp_path):
     assert not any(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="the kind of a task is 'regression'"):
         RasterModel(Encoder(), "regression", CLASSES)
+    with pytest.raises(ConfigError, match="head is 'upernet' for classification; it can be linear"):
+        RasterModel(Encoder(), "classification", CLASSES, "upernet")
 
 
 def test_parts_of_the_encoder_say_what_is_not_decayed():

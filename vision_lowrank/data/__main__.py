@@ -136,7 +136,7 @@ def _show_task(console: Console, card: TaskCard, root: str) -> None:
         "notes": card.notes,
     }
     if card.radar:
-        rows["radar"] = ", ".join(band.name for band in card.radar) + " (described, not read)"
+        rows["radar"] = ", ".join(band.name for band in card.radar) + " (read with benchmark.sensors=[optical,radar])"
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
         table.add_row(name, escape(text))

@@ -51,11 +51,13 @@ class Store(ABC):
         where: archive or folder, for messages.
         names: paths of the files, with "/" between folders.
         fingerprint: hexadecimal digest that changes with the files.
+        contents: likewise of their names and sizes, and in a zip archive of their checksums; the same for a copy.
     """
 
     where: str
     names: frozenset[str]
     fingerprint: str
+    contents: str
 
     def open(self, name: str) -> IO[bytes]:
         """Opens a file for reading from any place in it.
@@ -202,7 +204,7 @@ class ZipStore(Store):
             _check_zip_member(member, self.where)
         self.names = _unique((member.filename for member in members), self.where)
         entries = sorted(f"{member.filename}\0{member.CRC}\0{member.file_size}\n" for member in members)
-        self.fingerprint = _digest(entries)
+        self.fingerprint = self.contents = _digest(entries)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ZipStore, (self._paths,)
@@ -233,6 +235,7 @@ class FolderStore(Store):
                     entries[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
         self.names = frozenset(entries)
         self.fingerprint = _digest(f"{name}\0{size}\0{time}\n" for name, (size, time) in sorted(entries.items()))
+        self.contents = _digest(f"{name}\0{size}\n" for name, (size, _) in sorted(entries.items()))
 
     def _open(self, name: str) -> IO[bytes]:
         return (self._folder / name).open("rb")

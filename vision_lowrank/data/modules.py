@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, load_card
 from vision_lowrank.data.download import fetch
@@ -17,6 +17,7 @@ from vision_lowrank.data.preprocessing import ScenePreprocessor
 from vision_lowrank.data.scene import Scene, open_scene, read_labels
 from vision_lowrank.data.splits import Split, block_split, file_split, random_split
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.processes import SharedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ Loader = DataLoader[dict[str, Tensor]]
 
 class SceneDataModule(L.LightningDataModule):
     """Patches of one scene, split, scaled and batched.
+
+    Give the Trainer `use_distributed_sampler=False`: batches of training and validation are shared among processes
+    already.
 
     After `setup`: `scene`, `split`, `preprocessor`, `num_classes`, `num_channels` and the padded `cube`.
 
@@ -152,23 +156,24 @@ class SceneDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Returns the training pixels in an order that seed and epoch tell."""
-        return self._shuffled(self.split.train, 1 if self.trainer is None else self.trainer.world_size)
+        return self._shuffled(self.split.train)
 
-    def pretrain_dataloader(self, processes: int = 1) -> Loader:
-        """Returns `pretraining_pixels` in an order that seed and epoch tell, for so many processes."""
-        return self._shuffled(self.pretraining_pixels(), processes)
+    def pretrain_dataloader(self) -> Loader:
+        """Returns `pretraining_pixels` in an order that seed and epoch tell."""
+        return self._shuffled(self.pretraining_pixels())
 
     def val_dataloader(self) -> Loader:
-        """Returns the validation pixels."""
-        return self._loader(self.split.validation, self.evaluation_batch_size)
+        """Returns the validation pixels, of which each process gets its share."""
+        dataset = self._dataset(self.split.validation)
+        return self._batched(dataset, SharedBatches(range(len(dataset)), self.evaluation_batch_size, evaluation=True))
 
     def test_dataloader(self) -> Loader:
         """Returns the test pixels."""
-        return self._loader(self.split.test, self.evaluation_batch_size)
+        return self._ordered(self.split.test)
 
     def predict_dataloader(self) -> Loader:
         """Returns every pixel of the scene, row by row; unlabelled ones with label 255."""
-        return self._loader(np.arange(self.scene.labels.size), self.evaluation_batch_size)
+        return self._ordered(np.arange(self.scene.labels.size))
 
     def predict_dataloaders(self) -> dict[str, Loader]:
         """Returns what to predict on by name; the results of "" are the run's own, others are rows beside them."""
@@ -178,16 +183,23 @@ class SceneDataModule(L.LightningDataModule):
         """Makes predictions for the batches of a loader of `predict_dataloaders` into (height * width, classes)."""
         return predictions
 
-    def _shuffled(self, indices: np.ndarray, processes: int) -> Loader:
-        # a step sees batch_size samples on however many processes, so that a recipe holds on all machines
-        batch_size = max(1, self.batch_size // processes)
+    def _shuffled(self, indices: np.ndarray) -> Loader:
+        dataset = self._dataset(indices)
         # a last batch of one sample has no batch statistics
-        whole = len(indices) > batch_size * processes
-        return self._loader(indices, batch_size, sampler=EpochShuffle(len(indices), self.seed), drop_last=whole)
+        whole = len(dataset) > self.batch_size
+        order = EpochShuffle(len(dataset), self.seed)
+        return self._batched(dataset, SharedBatches(order, self.batch_size, drop_last=whole))
 
-    def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
-        dataset = PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)
-        return DataLoader(dataset, batch_size, collate_fn=collate_batch, num_workers=self.num_workers, **options)
+    def _ordered(self, indices: np.ndarray) -> Loader:
+        """Returns samples in their order, all on each process."""
+        dataset = self._dataset(indices)
+        return self._batched(dataset, BatchSampler(range(len(dataset)), self.evaluation_batch_size, drop_last=False))
+
+    def _dataset(self, indices: np.ndarray) -> PatchDataset:
+        return PatchDataset(self.cube, self.patch_size, indices, self.scene.labels, self._shared)
+
+    def _batched(self, dataset: Any, batches: Sampler[list[int]]) -> Loader:
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_batch, num_workers=self.num_workers)
 
 
 def make_split(

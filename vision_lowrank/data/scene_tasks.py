@@ -144,6 +144,7 @@ def scene_task(
         train=parts[0],
         validation=parts[1],
         test=parts[2],
+        files=dict(scene.hashes),
     )
 
 

@@ -5,6 +5,7 @@ The folders below `datasets/` hold the cards that come with the project, one fol
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 from vision_lowrank.data.bands import check_wavelengths
 from vision_lowrank.data.cards import CARDS_FOLDER, FileEntry, Source
 from vision_lowrank.data.scene import IGNORE
-from vision_lowrank.errors import DataError
+from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.records import nearest, read_record
 
 KINDS = ("classification", "multilabel", "segmentation")
 METRICS = ("accuracy", "micro_map", "macro_miou")
+SENSORS = ("optical", "radar")
+HEADS = ("linear", "upernet")
 LAYOUTS = ("metadata_csv", "eurosat_lists", "bigearthnet_lists")
 
 
@@ -58,9 +61,13 @@ class TaskBand:
 
 @dataclass(frozen=True)
 class RadarBand:
-    """One channel of the radar images; they are described, not read."""
+    """One channel of the radar images, in the order of the files.
+
+    `code` is what LESS ViT tells polarisations apart by in place of a wavelength; `mean` and `std` are in decibels.
+    """
 
     name: str
+    code: float
     mean: float
     std: float
 
@@ -92,12 +99,14 @@ class PublishedProtocol:
         scale: factor by which tiles are enlarged before they enter the model; pixels become as much smaller.
         train_fraction: share of the training tiles that is used.
         validation_fraction: likewise.
+        head: what is trained on the encoder; upernet for segmentation only.
     """
 
     crop: int
     scale: int = 1
     train_fraction: float = 1.0
     validation_fraction: float = 1.0
+    head: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,19 @@ class TaskCard:
     def wavelengths(self) -> np.ndarray:
         """Centre wavelengths in nanometres, float32 (channels,)."""
         return check_wavelengths([band.wavelength for band in self.bands], f"card {self.name}: bands")
+
+    def channels(self, sensors: Sequence[str]) -> np.ndarray:
+        """Returns the wavelengths of the channels of sensors, codes for radar, which comes last, float32 (channels,).
+
+        Raises:
+            ConfigError: a sensor is unknown, or the task has none of its images.
+        """
+        if not sensors or set(sensors) - set(SENSORS) or len(set(sensors)) < len(sensors):
+            raise ConfigError(f"sensors={list(sensors)}: give {' or '.join(SENSORS)}, or both, none twice")
+        if "radar" in sensors and not self.radar:
+            raise ConfigError(f"sensors={list(sensors)}: task {self.name} has no radar images; use sensors=[optical]")
+        radar = [band.code for band in self.radar] if "radar" in sensors else []
+        return np.concatenate([self.wavelengths if "optical" in sensors else [], radar], dtype=np.float32)
 
     @cached_property
     def class_values(self) -> dict[int | str, int]:
@@ -227,7 +249,8 @@ def _suffix(number: int) -> str:
 
 
 def _check(card: TaskCard, where: str) -> None:
-    choices = [("kind", card.kind, KINDS), ("metric", card.metric, METRICS)]
+    heads = HEADS if card.kind == "segmentation" else HEADS[:1]
+    choices = [("kind", card.kind, KINDS), ("metric", card.metric, METRICS), ("head", card.protocol.head, heads)]
     for field, value, known in [*choices, *(("layouts", layout, LAYOUTS) for layout in card.layouts)]:
         if value not in known:
             raise DataError(f"{where}: {field} is {value!r}{nearest(value, known)}; it can be {', '.join(known)}")
@@ -247,14 +270,16 @@ def _check(card: TaskCard, where: str) -> None:
     stated = [(band.mean is not None, band.std is not None) for band in card.bands]
     if not all(pair == stated[0] for pair in stated) or stated[0][0] != stated[0][1]:
         raise DataError(f"{where}: mean and std of some bands only; state both of all bands, or none to measure them")
-    if narrow := next((band.name for band in card.bands if band.std is not None and band.std <= 0), None):
+    spreads = [(band.name, band.std) for band in card.bands] + [(band.name, band.std) for band in card.radar]
+    if narrow := next((name for name, std in spreads if std is not None and std <= 0), None):
         raise DataError(f"{where}: std of band {narrow} is not above 0; correct it")
     for entry in card.classes:
         if entry.colour is not None and not re.fullmatch("#[0-9a-fA-F]{6}", entry.colour):
             raise DataError(f"{where}: colour {entry.colour!r} of class {entry.name}; write it as '#rrggbb'")
     named = [value for index, entry in enumerate(card.classes) for value in _class_values(index, entry)]
-    repeats: tuple[tuple[str, list[int | str]], ...] = (
+    repeats: tuple[tuple[str, Sequence[int | float | str]], ...] = (
         ("band names", [band.name for band in card.bands]),
+        ("radar codes", [band.code for band in card.radar]),
         ("class names, values and ignored values", [*named, *card.ignore]),
     )
     for what, values in repeats:

@@ -34,16 +34,29 @@ class Row:
     Attributes:
         image: TIFF file in the store, or folder with one TIFF a band.
         label: class index; class indices with blanks between; or the file of the label map.
+        radar: as `image`, of the radar tile; empty where there is none.
     """
 
     image: str
     label: str
+    radar: str = ""
+
+
+def band_files(folder: str, bands: Sequence[str]) -> list[str]:
+    """Returns the names of the TIFF files, one a band, of a tile that is a folder."""
+    return [f"{folder}/{posixpath.basename(folder)}_{band}.tif" for band in bands]
 
 
 def digest(card: TaskCard, store: Store, *further: Any) -> str:
     """Returns what tells samples from others, hexadecimal: the files, what the card says of them, and `further`."""
-    facts = (card.kind, card.folder, card.layouts, card.bands, card.side, card.classes, card.ignore)
+    facts = (card.kind, card.folder, card.layouts, card.bands, card.radar, card.side, card.classes, card.ignore)
     return hashlib.sha256(repr((store.fingerprint, facts, *further)).encode()).hexdigest()
+
+
+def index_digest(subsets: Mapping[str, Sequence[Row]]) -> str:
+    """Returns the sha256 of which samples there are and of their labels, in the order of the index."""
+    lines = (f"{name}\0{row.image}\0{row.label}\0{row.radar}\n" for name in SUBSETS for row in subsets[name])
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def group_of(card: TaskCard, row: Row) -> str | None:
@@ -59,14 +72,14 @@ def load_index(card: TaskCard, store: Store, cache: Path) -> dict[str, list[Row]
         subsets: dict[str, list[Row]] = {name: [] for name in SUBSETS}
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                subsets[line["split"]].append(Row(line["image"], line["label"]))
+                subsets[line["split"]].append(Row(line["image"], line["label"], line["radar"]))
         return subsets
     subsets = read_index(card, store)
     for name in SUBSETS:
         stated, found = getattr(card.splits, name), len(subsets[name])
         if stated not in (None, found):
             logger.warning("%s: %d %s samples, the card says %d", card.name, found, name, stated)
-    rows = [{"split": name, "image": row.image, "label": row.label} for name in SUBSETS for row in subsets[name]]
+    rows = [{"split": name, **vars(row)} for name in SUBSETS for row in subsets[name]]
     try:
         write_csv(path, rows)
     except OSError as error:
@@ -121,16 +134,19 @@ def _read_metadata(card: TaskCard, store: Store, name: str) -> Iterator[tuple[st
         place = f"{name} line {reader.line_num}"
         if not line["optical_path"] or not line[target]:
             raise DataError(f"{store.where}: {place}: optical_path or {target} is empty; correct the line")
-        image, path = (
-            posixpath.normpath(posixpath.join(card.folder, line[column])) for column in ("optical_path", target)
-        )
+        image, path = (_inside(card, line[column]) for column in ("optical_path", target))
         if card.kind == "segmentation":
             label = path
         elif target == "label_path":
             label = _class_text(card, _names_in_json(store, path), f"{store.where}: {path}")
         else:
             label = _class_text(card, _parse_label(line[target]), f"{store.where}: {place}")
-        yield place, line["split"] or "", Row(image, label)
+        radar = line.get("radar_path") if card.radar else None
+        yield place, line["split"] or "", Row(image, label, _inside(card, radar) if radar else "")
+
+
+def _inside(card: TaskCard, path: str) -> str:
+    return posixpath.normpath(posixpath.join(card.folder, path))
 
 
 def _find_lists(store: Store, start: str, end: str) -> dict[str, str]:
@@ -157,15 +173,20 @@ def _read_eurosat_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) 
 
 
 def _read_bigearthnet_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, Row]]:
-    """Reads lines that begin with the name of a folder, which holds a TIFF a band and a JSON file of class names."""
+    """Reads lines with the folder of a tile, which holds a TIFF a band and a JSON file of class names, and radar's."""
     ending = "_labels_metadata.json"
     files = {posixpath.basename(name).removesuffix(ending): name for name in store.names if name.endswith(ending)}
+    first = f"_{card.radar[0].name}.tif" if card.radar else None
+    radar = {
+        posixpath.basename(name): posixpath.dirname(name) for name in store.names if first and name.endswith(first)
+    }
     for place, split, line in _lines(store, lists):
-        patch = line.partition(",")[0]
+        patch, _, other = line.partition(",")
         if patch not in files:
             raise DataError(f"{store.where}: {place}: {patch}{ending} is not there; get the archive again")
         names = _names_in_json(store, files[patch])
-        yield place, split, Row(posixpath.dirname(files[patch]), _class_text(card, names, f"{store.where}: {place}"))
+        label = _class_text(card, names, f"{store.where}: {place}")
+        yield place, split, Row(posixpath.dirname(files[patch]), label, radar.get(f"{other.strip()}{first}", ""))
 
 
 LISTS = {
@@ -175,11 +196,15 @@ LISTS = {
 
 
 def _check_files(card: TaskCard, store: Store, subsets: Mapping[str, Sequence[Row]], layout: str) -> None:
-    needed = [row.image for rows in subsets.values() for row in rows]
+    rows = [row for subset in subsets.values() for row in subset]
+    needed = [row.image for row in rows]
+    radar = [row.radar for row in rows if row.radar]
     if layout == "bigearthnet_lists":
-        needed = [f"{name}/{posixpath.basename(name)}_{band.name}.tif" for name in needed for band in card.bands]
+        needed = [file for name in needed for file in band_files(name, [band.name for band in card.bands])]
+        radar = [file for name in radar for file in band_files(name, [band.name for band in card.radar])]
+    needed += radar
     if card.kind == "segmentation":
-        needed += [row.label for rows in subsets.values() for row in rows]
+        needed += [row.label for row in rows]
     if absent := [name for name in needed if name not in store.names]:
         raise DataError(f"{store.where}: {len(absent)} files of the index are not there, first {absent[0]}; get them")
 

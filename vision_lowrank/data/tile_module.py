@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.tiles import TileSource
 from vision_lowrank.errors import ConfigError, DataError
+from vision_lowrank.processes import current_place, share_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ class TileDataset(Dataset[dict[str, Tensor]]):
 class MixedBatches(Sampler[list[Place]]):
     """Batches of one source each, sources in turn as often as their sizes ask, in an order of seed and epoch alone.
 
-    A source gives full batches only, unless it is smaller than one. All processes draw the same batches and each takes
-    its share, equally many; what remains waits for another epoch.
+    A source gives full batches only, unless it is smaller than one; what remains waits for another epoch. All processes
+    draw the same batches and each takes its share of every one, so that a step sees one source on all of them.
 
     Args:
         lengths: tiles of each source.
-        batch_size: tiles in a batch.
+        batch_size: tiles in a batch, over all processes together.
         seed: of all orders.
         rank: number of this process.
         processes: how many there are.
@@ -114,10 +114,10 @@ class MixedBatches(Sampler[list[Place]]):
         self.epoch = 0
         # Lightning looks for `set_epoch` at a batch sampler's own sampler only
         self.sampler = self
-        if not len(self):
+        if min(batch_size, *lengths) < processes:
             raise ConfigError(
-                f"{sum(lengths)} training tiles make fewer batches of {batch_size} than there are processes "
-                f"({processes}); lower batch_size"
+                f"batches of {batch_size} from sources of {', '.join(map(str, lengths))} training tiles are too small "
+                f"for {processes} processes; lower trainer.devices, or raise data.batch_size"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,7 +125,7 @@ class MixedBatches(Sampler[list[Place]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(self._batches(length) for length in self.lengths) // self.processes
+        return sum(self._batches(length) for length in self.lengths)
 
     def __iter__(self) -> Iterator[list[Place]]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -133,10 +133,10 @@ class MixedBatches(Sampler[list[Place]]):
         orders = [generator.permutation(length) for length in self.lengths]
         owners = np.repeat(np.arange(len(orders)), [self._batches(length) for length in self.lengths])
         starts = np.concatenate([self.batch_size * np.arange(self._batches(length)) for length in self.lengths])
-        mixed = generator.permutation(len(owners))[: len(self) * self.processes]
-        for batch in mixed[self.rank :: self.processes].tolist():
+        for batch in generator.permutation(len(owners)).tolist():
             number, start = int(owners[batch]), int(starts[batch])
-            yield [(number, position) for position in orders[number][start : start + self.batch_size].tolist()]
+            whole = orders[number][start : start + self.batch_size].tolist()
+            yield [(number, position) for position in share_of(whole, (self.rank, self.processes))]
 
     def _batches(self, length: int) -> int:
         return max(1, length // self.batch_size)
@@ -145,7 +145,8 @@ class MixedBatches(Sampler[list[Place]]):
 class TileDataModule(L.LightningDataModule):
     """Tiles of several sources, standardised for each band of each source by its training tiles.
 
-    Give the Trainer `use_distributed_sampler=False`: the training batches are shared among processes already.
+    Give the Trainer `use_distributed_sampler=False`: batches of training and validation are shared among processes
+    already.
 
     Args:
         sources: tile sources by name.
@@ -209,22 +210,37 @@ class TileDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Returns the training tiles in an order that seed and epoch tell; each process gets its share."""
-        together = dist.is_available() and dist.is_initialized()
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         dataset = self._dataset("train")
-        # a step sees batch_size tiles on however many processes, so that a recipe holds on all machines
-        size = max(1, self.batch_size // processes)
-        return self._loader(
-            dataset, MixedBatches([len(subset) for subset in dataset.subsets], size, self.seed, rank, processes)
-        )
+        lengths = [len(subset) for subset in dataset.subsets]
+        return self._loader(dataset, MixedBatches(lengths, self.batch_size, self.seed, *current_place()))
 
     def val_dataloader(self) -> Loader:
-        """Returns the validation tiles, one source after the other; every process gets all."""
-        return self._ordered("validation")
+        """Returns the validation tiles, one source after the other; each process gets its share of every batch.
+
+        Raises:
+            ConfigError: the first batch has fewer tiles than there are processes.
+        """
+        place = current_place()
+        dataset = self._dataset("validation")
+        batches = self._ordered(dataset)
+        if batches and len(batches[0]) < place[1]:
+            raise ConfigError(
+                f"a batch of {len(batches[0])} validation tiles is too small for {place[1]} processes; lower "
+                "trainer.devices, or raise data.evaluation_batch_size"
+            )
+        return self._loader(dataset, [share for batch in batches if (share := share_of(batch, place))])
 
     def test_dataloader(self) -> Loader:
         """Returns the test tiles, one source after the other; every process gets all."""
-        return self._ordered("test")
+        dataset = self._dataset("test")
+        return self._loader(dataset, self._ordered(dataset))
+
+    def held_out_dataloader(self) -> Loader:
+        """Returns the test tiles, or where there are none the validation tiles, as `test_dataloader`."""
+        if any(source.test.size for source in self.sources.values()):
+            return self.test_dataloader()
+        dataset = self._dataset("validation")
+        return self._loader(dataset, self._ordered(dataset))
 
     def _dataset(self, subset: str) -> TileDataset:
         return TileDataset(
@@ -234,14 +250,12 @@ class TileDataModule(L.LightningDataModule):
             ]
         )
 
-    def _ordered(self, name: str) -> Loader:
-        dataset = self._dataset(name)
-        batches = [
+    def _ordered(self, dataset: TileDataset) -> list[list[Place]]:
+        return [
             [(number, position) for position in range(start, min(start + self.evaluation_batch_size, len(subset)))]
             for number, subset in enumerate(dataset.subsets)
             for start in range(0, len(subset), self.evaluation_batch_size)
         ]
-        return self._loader(dataset, batches)
 
     def _loader(self, dataset: TileDataset, batches: Any) -> Loader:
         # workers that stay remember which files are damaged and which tiles are empty

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from vision_lowrank.data.modules import Loader, SceneDataModule
-from vision_lowrank.data.patches import EpochShuffle, collate_batch, gather_windows, repeat_shared
+from vision_lowrank.data.patches import EpochShuffle, gather_windows, repeat_shared
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.processes import SharedBatches
 
 # wavelengths in nanometres that stand for the index of a channel: the first, and from one to the next
 INDEX_START, INDEX_STEP = 400.0, 10.0
@@ -132,11 +133,7 @@ class SceneWindowModule(SceneDataModule):
         """Returns what a model has to be told of the data."""
         return {"num_classes": self.num_classes}
 
-    def train_dataloader(self) -> Loader:
-        """Returns the windows with a training pixel, in an order that seed and epoch tell."""
-        return self._shuffled(self.split.train, 1 if self.trainer is None else self.trainer.world_size)
-
-    def pretrain_dataloader(self, processes: int = 1) -> Loader:
+    def pretrain_dataloader(self) -> Loader:
         """Refuses.
 
         Raises:
@@ -147,7 +144,9 @@ class SceneWindowModule(SceneDataModule):
     def predict_dataloaders(self) -> dict[str, Loader]:
         """Returns windows all over the scene, for each range of bands by its name; "" is that of training."""
         corners = self._grid(self.stride)
-        return {name: self._windows(corners, np.empty(0, np.int64), name) for name in self.ranges}
+        nothing = np.empty(0, np.int64)
+        batches = BatchSampler(range(len(corners)), self.evaluation_batch_size, drop_last=False)
+        return {name: self._batched(self._windows(corners, nothing, name), batches) for name in self.ranges}
 
     def assemble(self, predictions: np.ndarray) -> np.ndarray:
         """Averages the predictions of a loader of `predict_dataloaders`.
@@ -169,24 +168,19 @@ class SceneWindowModule(SceneDataModule):
         mean: np.ndarray = (total[:, *inside] / count[inside]).reshape(len(total), -1).T
         return mean
 
-    def _shuffled(self, indices: np.ndarray, processes: int) -> Loader:
-        batch_size = max(1, self.batch_size // processes)
-        corners = self._seeing(indices, self.stride)
-        return self._windows(corners, indices, "", batch_size, sampler=EpochShuffle(len(corners), self.seed))
+    def _shuffled(self, indices: np.ndarray) -> Loader:
+        dataset = self._windows(self._seeing(indices, self.stride), indices, "")
+        return self._batched(dataset, SharedBatches(EpochShuffle(len(dataset), self.seed), self.batch_size))
 
-    def _loader(self, indices: np.ndarray, batch_size: int, **options: Any) -> Loader:
+    def _dataset(self, indices: np.ndarray) -> WindowDataset:  # type: ignore[override]
         # side by side, so that validation and test count every pixel once
-        return self._windows(self._seeing(indices, self.size), indices, "", batch_size, **options)
+        return self._windows(self._seeing(indices, self.size), indices, "")
 
-    def _windows(
-        self, corners: np.ndarray, indices: np.ndarray, name: str, batch_size: int | None = None, **options: Any
-    ) -> Loader:
+    def _windows(self, corners: np.ndarray, indices: np.ndarray, name: str) -> WindowDataset:
         """Returns windows with the labels of the pixels `indices`."""
         channels = self._channels(name)
         shared = {"gsd": torch.tensor(self.scene.gsd), "wavelengths": self._wavelengths(channels)}
-        dataset = WindowDataset(self.cube, self._mask(indices), corners, self.size, channels, shared)
-        size = self.evaluation_batch_size if batch_size is None else batch_size
-        return DataLoader(dataset, size, collate_fn=collate_batch, num_workers=self.num_workers, **options)
+        return WindowDataset(self.cube, self._mask(indices), corners, self.size, channels, shared)
 
     def _wavelengths(self, channels: np.ndarray) -> Tensor:
         """Returns what tells channels apart, nanometres (channels,)."""

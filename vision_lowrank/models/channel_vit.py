@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.encoders import pad_to_patches
+from vision_lowrank.models.heads import quarters
 from vision_lowrank.models.less_vit import initialise
 
 
@@ -68,12 +69,20 @@ class ChannelViT(nn.Module):
         """Gives each channel an embedding, random and in place of former ones."""
         self.channel_embed = nn.Parameter(self.cls_token.new_empty(len(wavelengths), self.dim).normal_(std=0.02))
 
+    def prepare_radar(self, channels: int) -> None:
+        """Does nothing: channels are known by their index."""
+
     def forward_tokens(self, image: Tensor) -> Tensor:
         """Returns the normalised tokens (B, 1 + C h w, D) of images (B, C, H, W), those of a channel together.
 
         Raises:
             ConfigError: there are other channels than the model was built for.
         """
+        tokens: Tensor = self.norm(self.blocks(self._embed(image)))
+        return tokens
+
+    def _embed(self, image: Tensor) -> Tensor:
+        """Returns the tokens before the first block."""
         if image.shape[1] != len(self.channel_embed):
             raise ConfigError(
                 f"{self.name} was built for {len(self.channel_embed)} channels, the images {tuple(image.shape)} have "
@@ -84,15 +93,26 @@ class ChannelViT(nn.Module):
         places = resample_abs_pos_embed(self.pos_embed, list(patches.shape[-2:]), [self.grid_size] * 2, 0)
         x = rearrange(patches, "(b c) d i j -> b c (i j) d", c=image.shape[1])
         x = (x + places + self.channel_embed[:, None]).flatten(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), 1, -1).to(x.dtype), x], 1)
-        tokens: Tensor = self.norm(self.blocks(x))
-        return tokens
+        return torch.cat([self.cls_token.expand(len(x), 1, -1).to(x.dtype), x], 1)
 
     def forward_patch_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:
         """Returns (B, D, h, w); see `forward_tokens`."""
-        tokens = self.forward_tokens(image)[:, 1:]
+        return self._map(self.forward_tokens(image), image)
+
+    def forward_patch_maps(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> list[Tensor]:
+        """Returns four (B, D, h, w); see `Encoder`. ConfigError: there are fewer blocks, or as `forward_tokens`."""
+        taken, maps = quarters(len(self.blocks)), []
+        x = self._embed(image)
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in taken:
+                maps.append(self._map(self.norm(x), image))
+        return maps
+
+    def _map(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Averages tokens (B, 1 + C h w, D) of images over their channels."""
         rows = -(-image.shape[-2] // self.patch_size)
-        means = tokens.unflatten(1, (image.shape[1], -1)).mean(1)
+        means = tokens[:, 1:].unflatten(1, (image.shape[1], -1)).mean(1)
         return rearrange(means, "b (i j) d -> b d i j", i=rows)
 
     def forward_image_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:

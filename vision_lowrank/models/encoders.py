@@ -8,7 +8,7 @@ that patch_size does not divide are continued by their last pixels.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.models.heads import quarters
 from vision_lowrank.models.less_vit import LessViT
 from vision_lowrank.models.saved import load_saved
 
@@ -27,6 +28,11 @@ _FREE = {"num_classes", "global_pool", "init_values", "drop_rate", "attn_drop_ra
 
 class Encoder(Protocol):
     """What a benchmark needs of an encoder, which is an `nn.Module` besides; a user's own is one such class.
+
+    UPerNet needs another method, `forward_patch_maps`, with the arguments of `forward_patch_features`, that returns
+    four such results: of layers at each quarter of the depth, or whatever the encoder has, early ones first. Radar
+    images need `prepare_radar`, which is told before `prepare` how many channels, the last ones, are radar; these have
+    codes of their polarisation in place of wavelengths.
 
     Attributes:
         name: tells the model, how it reads channels, and whether its weights are random.
@@ -71,6 +77,24 @@ def checked_image_features(encoder: Encoder, image: Tensor, wavelengths: Tensor,
     return _checked(encoder, encoder.forward_image_features(image, wavelengths, gsd), image, (len(image), encoder.dim))
 
 
+def checked_patch_maps(encoder: Any, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> list[Tensor]:
+    """Returns the four maps for UPerNet; arguments and errors as for `checked_patch_features`.
+
+    Raises:
+        ConfigError: the encoder has none, besides.
+    """
+    if not hasattr(encoder, "forward_patch_maps"):
+        raise ConfigError(
+            f"encoder {type(encoder).__name__} has no forward_patch_maps, which UPerNet needs; add it, or use "
+            "head=linear"
+        )
+    maps = encoder.forward_patch_maps(image, wavelengths, gsd)
+    if len(maps) != 4:
+        raise ConfigError(f"encoder {type(encoder).__name__}: forward_patch_maps returns {len(maps)} maps, not four")
+    height, width = (-(-side // encoder.patch_size) for side in image.shape[-2:])
+    return [_checked(encoder, features, image, (len(image), encoder.dim, height, width)) for features in maps]
+
+
 def _checked(encoder: Encoder, features: Tensor, image: Tensor, expected: tuple[int, ...]) -> Tensor:
     if tuple(features.shape) != expected:
         raise ConfigError(
@@ -112,6 +136,7 @@ class LessEncoder(nn.Module):
         self.model = model
         self.dim = model.num_features
         self.patch_size = model.patch_size
+        self.radar = 0
         depth = len(model.blocks)
         architecture = _SIZES.get((self.dim, depth, model.settings["num_heads"]), f"less_vit {self.dim} x {depth}")
         self.name = f"{architecture} ({'random' if weights is None else 'pretrained'})"
@@ -119,15 +144,42 @@ class LessEncoder(nn.Module):
     def prepare(self, wavelengths: Sequence[float]) -> None:
         """Does nothing: any channels will do."""
 
+    def prepare_radar(self, channels: int) -> None:
+        """Takes so many last channels for radar; see `Encoder`. ConfigError: the model has no embedding for it."""
+        if not self.model.settings["radar"]:
+            raise ConfigError(f"{self.name} reads no radar; build it with model.model.radar=true, or sensors=[optical]")
+        self.radar = channels
+
+    def _split(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> dict[str, Any]:
+        """Returns what the model takes of optical channels and of radar; None where there are none."""
+        optical = image.shape[1] - self.radar
+        parts: dict[str, Any] = {"image": None, "wavelengths": None, "gsd": gsd}
+        if optical:
+            parts |= {"image": image[:, :optical], "wavelengths": wavelengths[..., :optical]}
+        if self.radar:
+            parts |= {"radar": image[:, optical:], "radar_wavelengths": wavelengths[..., optical:]}
+        return parts
+
     def forward_patch_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:
         """Returns (B, dim, h, w); see `Encoder`."""
-        tokens = self.model.forward_features(image, wavelengths, gsd)
-        rows = -(-image.shape[-2] // self.patch_size)
-        return rearrange(tokens[:, 1:, 1:].mean(1), "b (i j) d -> b d i j", i=rows)
+        return self._map(self.model.forward_features(**self._split(image, wavelengths, gsd)), image)
+
+    def forward_patch_maps(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> list[Tensor]:
+        """Returns four (B, dim, h, w); see `Encoder`. ConfigError: there are fewer blocks."""
+        found = self.model.forward_intermediates(
+            **self._split(image, wavelengths, gsd),
+            indices=quarters(len(self.model.blocks)), norm=True, output_fmt="BCND", intermediates_only=True,
+        )  # fmt: skip
+        return [self._map(tokens, image) for tokens in cast(list[Tensor], found)]
 
     def forward_image_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:
         """Returns (B, dim); see `Encoder`."""
         return self.forward_patch_features(image, wavelengths, gsd).mean((2, 3))
+
+    def _map(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Averages tokens (B, 1 + C, 1 + h w, dim) of images over their channels."""
+        rows = -(-image.shape[-2] // self.patch_size)
+        return rearrange(tokens[:, 1:, 1:].mean(1), "b (i j) d -> b d i j", i=rows)
 
 
 def _read_less(weights: str, model: LessViT | None) -> LessViT:
@@ -176,6 +228,9 @@ class BandStatistics(nn.Module):
     def prepare(self, wavelengths: Sequence[float]) -> None:
         """Sets `dim` to four for each channel."""
         self.dim = 4 * len(wavelengths)
+
+    def prepare_radar(self, channels: int) -> None:
+        """Does nothing: statistics are of any channels."""
 
     def forward_patch_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:
         """Returns (B, 4 C, h, w), all means first, then deviations (of the population), minima and maxima."""

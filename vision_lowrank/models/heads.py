@@ -83,6 +83,17 @@ class LinearSegmentationHead(nn.Module):
         return F.pixel_shuffle(self.classifier(x), self.patch_size)
 
 
+def quarters(depth: int) -> list[int]:
+    """Returns the indices of the blocks, of `depth` in all, that UPerNet takes its four maps from.
+
+    Raises:
+        ConfigError: there are fewer than four.
+    """
+    if depth < 4:
+        raise ConfigError(f"the encoder has {depth} blocks; UPerNet takes maps from four, use head=linear")
+    return [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+
 class UPerNetHead(nn.Module):
     """UPerNet on four maps of one resolution, made into a pyramid as in arXiv 2203.16527.
 
@@ -180,9 +191,7 @@ class LessSegmentation(
             self.indices = [depth - 1]
             self.head = LinearSegmentationHead(dim, num_classes, patch_size)
         elif head == "upernet":
-            if depth < 4:
-                raise ConfigError(f"the encoder has {depth} blocks; UPerNet takes maps from four, use head=linear")
-            self.indices = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+            self.indices = quarters(depth)
             self.head = UPerNetHead([dim] * 4, num_classes, patch_size, decoder_dim)
         else:
             raise ConfigError(f"head is {head!r}; it can be linear or upernet")

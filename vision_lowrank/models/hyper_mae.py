@@ -22,6 +22,7 @@ from vision_lowrank.models.less_vit import (
     make_context,
     turned_widths,
 )
+from vision_lowrank.processes import ALONE, Place, mean_over_processes, share_of
 
 Seen = Literal["optical", "radar", "multi"]
 
@@ -130,11 +131,21 @@ class HyperMAE(nn.Module):
             if name != "encoder":
                 part.apply(initialise)
 
-    def draw_noise(self, patches: Patches, seen: Seen, generator: torch.Generator | None = None) -> Noise:
-        """Draws noise for one pass, on the processor, so that a seed gives the same masks on every device."""
+    def draw_noise(
+        self, patches: Patches, seen: Seen, generator: torch.Generator | None = None, place: Place = ALONE
+    ) -> Noise:
+        """Draws noise for one pass, on the processor, so that a seed gives the same masks on every device.
+
+        Args:
+            patches: what is to be reconstructed.
+            seen: see `reconstruct`.
+            generator: None for torch's own.
+            place: of the process whose share of a batch the patches are; it takes its share of the batch's noise.
+        """
         batch, _, positions = patches.pixels.shape[:3]
         start, stop = _seen_channels(patches, seen)
-        values = torch.rand(batch, stop - start + positions, generator=generator).to(patches.pixels.device)
+        drawn = torch.rand(batch * place[1], stop - start + positions, generator=generator)
+        values = share_of(drawn, place).to(patches.pixels.device)
         return Noise(*values.split([stop - start, positions], dim=1))
 
     def reconstruct(self, patches: Patches, seen: Seen, noise: Noise, valid: Tensor | None = None) -> Reconstruction:
@@ -238,12 +249,14 @@ class HyperMAE(nn.Module):
         variance = ((pixels - mean).square() * weight).sum(-1, keepdim=True) / (number - 1).clamp(min=1)
         return mean, (variance + self.variance_floor).rsqrt()
 
-    @staticmethod
-    def _mean_by_modality(error: Tensor, weight: Tensor, optical: int) -> Tensor:
+    def _mean_by_modality(self, error: Tensor, weight: Tensor, optical: int) -> Tensor:
         """Returns the weighted mean error of optical and of radar channels, averaged; 0 where nothing has weight."""
         means = []
         for part in (slice(0, optical), slice(optical, error.shape[1])):
             total = weight[:, part].sum()
+            if self.training:
+                # values that count are not equally many on all processes
+                total = mean_over_processes(total)
             if total > 0:
                 means.append((error[:, part] * weight[:, part]).sum() / total)
         return torch.stack(means).mean() if means else error.new_zeros(())

@@ -246,12 +246,15 @@ class LessViT(
         nanometres = torch.cat([values for *_, values in parts], dim=1)
         if present is not None and present.shape != nanometres.shape:
             raise DataError(f"present is {tuple(present.shape)}, the image has {tuple(nanometres.shape)} channels")
-        values = nanometres if present is None else nanometres[present]
-        if not bool((values.isfinite() & (values > 0)).all()) or values.amax() < SHORTEST_NANOMETRES:
-            check_wavelengths(values.flatten().tolist(), "wavelengths of the batch")
-        metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(len(pixels))
-        if not bool((metres.isfinite() & (metres > 0)).all()):
-            raise DataError(f"gsd is {metres.tolist()}; give the size of a pixel in metres, above 0")
+        # not len(), which would tie an exported graph to the size of one batch
+        metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(pixels.shape[0])
+        # an exported graph has no values to look at
+        if not torch.compiler.is_exporting():
+            values = nanometres if present is None else nanometres[present]
+            if not bool((values.isfinite() & (values > 0)).all()) or values.amax() < SHORTEST_NANOMETRES:
+                check_wavelengths(values.flatten().tolist(), "wavelengths of the batch")
+            if not bool((metres.isfinite() & (metres > 0)).all()):
+                raise DataError(f"gsd is {metres.tolist()}; give the size of a pixel in metres, above 0")
         return self.cut(pixels, nanometres, metres, 0 if image is None else image.shape[1], present)
 
     def cut(
@@ -304,7 +307,7 @@ class LessViT(
             pixels = pixels.gather(2, positions[:, None, :, None].expand(-1, pixels.shape[1], -1, pixels.shape[3]))
             coordinates = coordinates.keep(channels, positions)
         tokens = self._embed_pixels(pixels, channels, patches.optical)
-        batch = len(tokens)
+        batch = tokens.shape[0]
         row = self.channel_cls_token.expand(batch, 1, tokens.shape[2], -1)
         column = torch.cat(
             [self.cls_token.expand(batch, 1, 1, -1), self.spatial_cls_token.expand(batch, tokens.shape[1], 1, -1)], 1

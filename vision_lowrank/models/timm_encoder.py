@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.errors import CheckpointError, ConfigError, DataError
 from vision_lowrank.models.encoders import pad_to_patches
+from vision_lowrank.models.heads import quarters
 
 # nanometres that a band may lie off the colour that it stands for
 FARTHEST_BAND = 50.0
@@ -96,6 +97,21 @@ class TimmEncoder(nn.Module):
             self._input(image, wavelengths), indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
         )
         return features
+
+    def forward_patch_maps(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> list[Tensor]:
+        """Returns four (B, dim, h, w); see `Encoder`.
+
+        Raises:
+            ConfigError: as `forward_patch_features`; or the blocks have maps of several sizes, as those of pyramids do.
+        """
+        info = self.model.feature_info
+        taken = quarters(len(info))
+        if any((info[index]["num_chs"], info[index]["reduction"]) != (self.dim, self.reduction) for index in taken):
+            raise ConfigError(f"{self.name} has no four maps of one size for UPerNet; use head=linear, or a vit_*")
+        maps: list[Tensor] = self.model.forward_intermediates(
+            self._input(image, wavelengths), indices=taken, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps
 
     def forward_image_features(self, image: Tensor, wavelengths: Tensor, gsd: Tensor | float) -> Tensor:
         """Returns (B, dim); see `forward_patch_features`."""

@@ -19,6 +19,8 @@ from vision_lowrank.data.augmentation import (
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
 from vision_lowrank.models.less_vit import Patches
+from vision_lowrank.processes import SEEDS_APART, current_place, draw_apart, total_over_processes
+from vision_lowrank.sharding import shard
 from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
 
 
@@ -83,8 +85,6 @@ class MaskedPretraining(L.LightningModule):
         return adamw(self, self.learning_rate, self.weight_decay, factor)
 
 
-# more than any training has, so that the seeds of two processes, and those of validation, never meet
-STEPS = 1_000_000_007
 PASSES: dict[str, tuple[Seen, ...]] = {
     "optical": ("optical",),
     "radar": ("radar",),
@@ -141,6 +141,11 @@ class HyperMAEPretraining(L.LightningModule):
         self.seed = torch.initial_seed()
         self.history: list[dict[str, float]] = []
 
+    def configure_model(self) -> None:
+        """Shares out the weights among the processes, with trainer=fsdp."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def patches(self, batch: Mapping[str, Tensor]) -> tuple[Patches, Tensor]:
         """Cuts up a batch as `data.tile_module` gives it, perhaps with `radar` and `radar_wavelengths`.
 
@@ -160,28 +165,33 @@ class HyperMAEPretraining(L.LightningModule):
         """Returns one reconstruction for each pass of a mode."""
         if modal_mode == "random":
             modal_mode = ("optical", "radar", "multi")[int(torch.randint(3, (), generator=generator))]
-        return [
-            self.model.reconstruct(patches, seen, self.model.draw_noise(patches, seen, generator), valid)
-            for seen in PASSES[modal_mode]
-        ]
+        passes = PASSES[modal_mode]
+        noise = [self.model.draw_noise(patches, seen, generator, current_place()) for seen in passes]
+        if self.training:
+            # dropout, unlike masks, is each process's own
+            draw_apart()
+        return [self.model.reconstruct(patches, seen, drawn, valid) for seen, drawn in zip(passes, noise, strict=True)]
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Returns the loss of a batch of tiles."""
         batch = sample_channels(_turn(batch), self.channel_sampling)
         losses = self._losses(self.reconstruct(*self.patches(batch), self.modal_mode))
+        count = total_over_processes(len(batch["image"]), batch["image"].device)
         for name, value in losses.items():
             self.log(
                 f"train/{name}", value, on_step=False, on_epoch=True, prog_bar=name == "loss",
-                batch_size=len(batch["image"]), sync_dist=True,
+                batch_size=count, sync_dist=True,
             )  # fmt: skip
         return losses["loss"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Logs the losses of held-out tiles, all channels used, under masks that depend on the batch's number only."""
-        generator = torch.Generator().manual_seed(self.seed + STEPS - 1 - batch_index)
+        generator = torch.Generator().manual_seed(self.seed + SEEDS_APART - 1 - batch_index)
         losses = self._losses(self.reconstruct(*self.patches(batch), self.modal_mode, generator))
+        # Lightning rounds the mean number of processes down: of these it is whole
+        count = len(batch["image"]) * current_place()[1]
         for name, value in losses.items():
-            self.log(f"val/{name}", value, prog_bar=name == "loss", batch_size=len(batch["image"]), sync_dist=True)
+            self.log(f"val/{name}", value, prog_bar=name == "loss", batch_size=count, sync_dist=True)
 
     @staticmethod
     def _losses(passes: Sequence[Reconstruction]) -> dict[str, Tensor]:
@@ -192,8 +202,11 @@ class HyperMAEPretraining(L.LightningModule):
         }
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew."""
-        torch.manual_seed(self.seed + self.global_step + STEPS * (1 + self.global_rank))
+        """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew.
+
+        Processes that train together draw the same, each for the whole batch.
+        """
+        torch.manual_seed(self.seed + self.global_step + SEEDS_APART)
 
     def on_train_epoch_end(self) -> None:
         """Adds a line to the history.

@@ -1,7 +1,7 @@
 """Training of any encoder on a task of rasters: one class an image, several labels an image, or one class a pixel.
 
     image (B, C, H, W), wavelengths (B, C), gsd (B,) -> encoder -> (B, D) or (B, D, h, w)
-    -> head -> (B, K) or (B, K, H, W)
+    -> head -> (B, K) or (B, K, H, W); UPerNet takes four maps (B, D, h, w)
 
 `B` batch, `C` channels, `H W` pixels, `D` width, `h w` patches of `p` by `p` pixels, `K` classes.
 """
@@ -23,8 +23,13 @@ from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetry
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError, DataError, TrainingError
 from vision_lowrank.evaluation.task_metrics import METRICS, Kind, image_confusion, score_task
-from vision_lowrank.models.encoders import Encoder, checked_image_features, checked_patch_features
-from vision_lowrank.models.heads import LinearSegmentationHead
+from vision_lowrank.models.encoders import (
+    Encoder,
+    checked_image_features,
+    checked_patch_features,
+    checked_patch_maps,
+)
+from vision_lowrank.models.heads import LinearSegmentationHead, UPerNetHead
 from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
 from vision_lowrank.tasks.scene_classification import CHOICE
 
@@ -39,18 +44,19 @@ _NAMED = 8
 
 
 class RasterModel(nn.Module):
-    """An encoder with the plainest head: a linear layer on an image's features, or on each patch's for its pixels.
+    """An encoder with a head: a linear layer on an image's features, or on each patch's for its pixels; or UPerNet.
 
     Args:
         encoder: an `nn.Module` that is prepared for the task's channels.
         kind: classification, multilabel or segmentation.
         num_classes: number of logits K.
+        head: linear; or, for segmentation, upernet, on four maps of the encoder.
 
     Raises:
-        ConfigError: the kind is none of these.
+        ConfigError: the kind is none of these, or has no such head.
     """
 
-    def __init__(self, encoder: Encoder, kind: Kind, num_classes: int) -> None:
+    def __init__(self, encoder: Encoder, kind: Kind, num_classes: int, head: str = "linear") -> None:
         super().__init__()
         if kind not in TARGETS:
             raise ConfigError(f"the kind of a task is {kind!r}; it can be {', '.join(TARGETS)}")
@@ -58,7 +64,11 @@ class RasterModel(nn.Module):
         self.kind = kind
         self.num_classes = num_classes
         self.head: nn.Module
-        if kind == "segmentation":
+        if head == "upernet" and kind == "segmentation":
+            self.head = UPerNetHead([self.encoder.dim] * 4, num_classes, self.encoder.patch_size)
+        elif head != "linear":
+            raise ConfigError(f"head is {head!r} for {kind}; it can be linear, for segmentation upernet too")
+        elif kind == "segmentation":
             self.head = LinearSegmentationHead(self.encoder.dim, num_classes, self.encoder.patch_size)
         else:
             self.head = nn.Linear(self.encoder.dim, num_classes)
@@ -76,7 +86,8 @@ class RasterModel(nn.Module):
         """
         if self.kind != "segmentation":
             return cast(Tensor, self.head(checked_image_features(self.encoder, image, wavelengths, gsd)))
-        logits: Tensor = self.head(checked_patch_features(self.encoder, image, wavelengths, gsd))
+        features = checked_patch_maps if isinstance(self.head, UPerNetHead) else checked_patch_features
+        logits: Tensor = self.head(features(self.encoder, image, wavelengths, gsd))
         return logits[..., : image.shape[-2], : image.shape[-1]]
 
     @torch.jit.ignore

@@ -15,10 +15,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
 from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetries, check_shares, mixup, sample_channels
 from vision_lowrank.data.scene import IGNORE
+from vision_lowrank.processes import (
+    current_place,
+    draw_apart,
+    mean_over_processes,
+    share_of,
+    total_over_processes,
+)
 from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
 
-# more than any training has, so that the seeds of two processes never meet
-STEPS = 1_000_000_007
 # what the weights that are kept are chosen by, the larger the better
 CHOICE = "val/choice"
 
@@ -122,21 +127,29 @@ class SceneClassification(L.LightningModule):
         """Returns the loss of a batch of `image` (batch, channels, side, side) and `label`, see the class."""
         batch = sample_channels(batch, self.channel_sampling)
         label = batch["label"]
-        turns = torch.randint(SYMMETRIES, (len(label),))
+        place = current_place()
+        turns = share_of(torch.randint(SYMMETRIES, (len(label) * place[1],)), place)
+        # mixtures and dropout, unlike symmetries, are each process's own
+        draw_apart()
         if label.ndim > 1:
             label = apply_symmetries(label, turns)
         image, partner, share = mixup(apply_symmetries(batch["image"], turns), self.mixup)
         logits = self({**batch, "image": image})
         loss = share * self._loss(logits, label) + (1 - share) * self._loss(logits, label[partner])
         self.training_scores.update(logits, label)
-        count = int((label != IGNORE).sum())
+        count = total_over_processes(int((label != IGNORE).sum()), label.device)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             logits, label, self.class_weights, ignore_index=IGNORE, label_smoothing=self.label_smoothing
         )
+        if current_place()[1] == 1:
+            return loss
+        # the mean is over all samples of the step, which do not weigh the same on all processes
+        weight = self.class_weights[label[label != IGNORE]].sum()
+        return loss * (weight / mean_over_processes(weight))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Collects loss and scores of the validation pixels."""
@@ -145,7 +158,8 @@ class SceneClassification(L.LightningModule):
         self.validation_pixels += count
         self.validation_scores.update(logits, label)
         loss = F.cross_entropy(logits, label, ignore_index=IGNORE)
-        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        # Lightning rounds the mean number of processes down: of these it is whole
+        self.log("val/loss", loss, prog_bar=True, batch_size=count * current_place()[1], sync_dist=True)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """Returns the predicted classes (batch,) or (batch, side, side)."""
@@ -171,9 +185,9 @@ class SceneClassification(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Moves the strength of the adapters, and ties augmentation and dropout to the step.
 
-        So a resumed run draws what the uninterrupted one drew.
+        So a resumed run draws what the uninterrupted one drew, and each of several processes what one draws.
         """
-        torch.manual_seed(self.seed + self.global_step + STEPS * self.global_rank)
+        torch.manual_seed(self.seed + self.global_step)
         if self.strength is not None:
             self.strength.step(self.model)
 
@@ -192,7 +206,8 @@ class SceneClassification(L.LightningModule):
         self.log_dict(self.validation_scores, prog_bar=True)
         accuracy = float(self.validation_scores.compute()["val/OA"])
         best = max([accuracy, *(row["val/OA"] for row in self.history)])
-        good = accuracy >= best - standard_error(best, self.validation_pixels * self.trainer.world_size)
+        pixels = self.trainer.strategy.reduce(torch.tensor(self.validation_pixels, device=self.device), reduce_op="sum")
+        good = accuracy >= best - standard_error(best, int(pixels))
         self.log(CHOICE, float(self.current_epoch + 1) if good else 0.0, sync_dist=True)
         self.validation_pixels = 0
 

@@ -62,7 +62,7 @@ def grid_coordinates(
     size = torch.tensor([rows, columns], device=wavelengths.device)
     relative = (index + 0.5) / size * 2 - 1
     metres = index * (patch_size * gsd.float()[:, None, None])
-    return Coordinates(wavelengths.float(), metres, relative.expand(len(wavelengths), -1, -1), present)
+    return Coordinates(wavelengths.float(), metres, relative.expand(wavelengths.shape[0], -1, -1), present)
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
@@ -145,6 +145,6 @@ def field_mask(metres: Tensor, radius: float) -> Tensor:
         metres: places (B, N, 2).
         radius: in metres.
     """
-    # not by matrix products, which round: a patch at exactly the radius is inside
-    distance = torch.cdist(metres, metres, compute_mode="donot_use_mm_for_euclid_dist")
+    # not by matrix products, which round: a patch at exactly the radius is inside. ONNX knows no `torch.cdist`
+    distance = torch.linalg.vector_norm(metres.unsqueeze(2) - metres.unsqueeze(1), dim=-1)
     return F.pad(distance <= radius * (1 + 1e-6), (1, 0, 1, 0), value=True).unsqueeze(1)

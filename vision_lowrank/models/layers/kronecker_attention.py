@@ -189,7 +189,12 @@ def contraction_order(channels: int, positions: int, dim: int, rank: int, a: int
         "fold_channel": channels * rank * (square + 2 * COST_OF_A_NUMBER * square / a) + tokens * rank * square / a,
         "fold_spatial": positions * rank * (square + 2 * COST_OF_A_NUMBER * square / s) + tokens * rank * square / s,
     }
-    return min(costs, key=lambda order: costs[order])
+    # not min(), which torch.compile cannot look into where sizes vary
+    best: Order = "product"
+    for order, cost in costs.items():
+        if cost < costs[best]:
+            best = order
+    return best
 
 
 def kronecker_projection(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, order: Order) -> Tensor:
@@ -220,7 +225,7 @@ def kronecker_projection(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | No
     parts = [
         # (B, r, h, 1, N, s) (h, a, s, D) -> (B, r h a, N D)
         _product_with_bias(factor, (part.unsqueeze(3) @ kernel).flatten(1, 3).flatten(2), bias).unflatten(-1, (-1, dim))
-        for part in y.split(max(1, FOLDED_NUMBERS // (factor.shape[2] * dim * len(x))), dim=3)
+        for part in y.split(max(1, FOLDED_NUMBERS // (factor.shape[2] * dim * x.shape[0])), dim=3)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -288,7 +293,8 @@ class LowRankAttention(nn.Module):
         x = self.channel_branch(x_c, context.channel_mask(), context.spectral) * self.scale
         y = self.spatial_branch(x_s, context.field, context.spatial)
         folded = folded_weight(self.proj)
-        if folded is None:
+        # the parts of a folded order depend on the batch's size, and an exported graph is for all sizes
+        if folded is None or torch.compiler.is_exporting():
             return self.proj(kronecker_sum(x, y))
         rank, _, channels, a = x.shape[1:]
         order = contraction_order(channels, y.shape[3], len(folded[0]), rank, a, y.shape[4])

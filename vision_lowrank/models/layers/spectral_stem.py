@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers.shared_norm import SharedBatchNorm3d
 
 
 class SpectralStem(nn.Module):
@@ -55,7 +56,7 @@ class SpectralStem(nn.Module):
             depth = min(depth, num_components - 1 + num_components % 2)
             padding = (depth // 2, margin, margin)
             # the normalisation has a shift of its own
-            layers += [nn.Conv3d(before, after, (depth, 3, 3), padding=padding, bias=False), nn.BatchNorm3d(after)]
+            layers += [nn.Conv3d(before, after, (depth, 3, 3), padding=padding, bias=False), SharedBatchNorm3d(after)]
             layers += [nn.SiLU()]
         self.convolutions = nn.Sequential(*layers)
         self.collapse = nn.Conv2d(channels[-1] * num_components, dim, 1)

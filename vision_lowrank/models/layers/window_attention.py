@@ -56,7 +56,7 @@ class WindowAttention(nn.Module):
         bias = rearrange(self.relative_bias[self.bias_index], "n m h -> h n m").to(q.dtype)
         if self.padding_mask is not None:
             # (windows of one map, heads, queries, keys), repeated for each sample
-            bias = (bias + self.padding_mask[:, None, None, :].to(q.dtype)).repeat(len(x), 1, 1, 1)
+            bias = (bias + self.padding_mask[:, None, None, :].to(q.dtype)).repeat(x.shape[0], 1, 1, 1)
         y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
         y = self.proj(rearrange(y, "b h n c -> b n (h c)"))
         y = rearrange(y, "(B a b) (w v) C -> B (a w) (b v) C", a=across, b=across, w=window)
