@@ -58,6 +58,7 @@ def test_a_scene_asks_for_what_was_drawn(tmp_path):
     assert content["regions"][1] == {
         "box": {"left": 36, "top": 30, "right": 64, "bottom": 58},
         "prompt": "<cactus1> <cactus2> at the bottom right in the night sky",
+        "negative_prompt": "in the night sky",
         "loras": [str(tmp_path / "loras" / "cactus.safetensors")],
     }
     four = composition_benchmark.Drawn(

@@ -62,7 +62,7 @@ def test_each_concept_is_in_its_box(composed):
     images = [np.array(Image.open(composed / f"sprites_two-seed{seed}.png")) for seed in range(4)]
     found = [[(item.name, item.box) for item in classifier.locate(to_tensor(image))] for image in images]
     outcomes = [judge(asked, finds) for finds in found]
-    # six of eight boxes, two of four images here; processors round differently, so that not every seed is held to
-    assert sum(seen == name for one in outcomes for (name, _), seen in zip(asked, one.shown, strict=True)) >= 5
-    assert any(one.success for one in outcomes)
+    # all four images here; processors round differently, so that not every seed is held to
+    assert sum(seen == name for one in outcomes for (name, _), seen in zip(asked, one.shown, strict=True)) >= 6
+    assert sum(one.success for one in outcomes) >= 2
     assert json.loads((composed / "metrics.json").read_text())["images"] == 4

@@ -101,6 +101,8 @@ def scene_content(scene: Drawn, world: Path, settings: Mapping[str, Any], steps:
         {
             "box": {"left": left, "top": top, "right": right, "bottom": bottom},
             "prompt": write_caption([item], scene.background, places=True, call=concept_words),
+            # away from the background alone: guidance then strengthens the concept and nothing else
+            "negative_prompt": BACKGROUNDS[scene.background],
             "loras": [str(world / "loras" / f"{name}.safetensors")],
         }
         for item, (name, (top, left, bottom, right)) in zip(scene.placed, scene.asked, strict=True)

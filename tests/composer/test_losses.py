@@ -131,7 +131,11 @@ def test_losses_that_are_off_have_no_terms():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"top": 0}, {"fill": -1}, {"step_size": float("nan")}, {"decay": "cosine"}, {"moments": "unit"}]
+    "wrong",
+    [
+        *({"top": 0}, {"fill": -1}, {"step_size": float("nan")}, {"largest_step": 0}),
+        *({"decay": "cosine"}, {"moments": "unit"}),
+    ],
 )
 def test_constants_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

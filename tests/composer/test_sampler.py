@@ -6,6 +6,7 @@ masks by a dense matrix filled in loops, and runs the whole UNet for its gradien
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,13 +217,18 @@ def slow_compose(base, scheduler, scene, start, steps, guidance_scale, settings)
         loss = slow_total(run(leaf, timestep, 1)[1], scene, settings)
         return loss.item(), torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)
 
+    def down(latents, size, slope):
+        longest = math.inf if constants.largest_step is None else constants.largest_step * latents.norm()
+        change = size * slope
+        return latents - change * longest / change.norm() if change.norm() > longest else latents - change
+
     constants = settings.constants
     scheduler.set_timesteps(steps)
     latents = start * scheduler.init_noise_sigma
     first = scheduler.timesteps[0]
     if settings.reinitialisation:
         if constants.start_step:
-            latents = latents - 20 * gradient(latents, first)[1]
+            latents = down(latents, 20, gradient(latents, first)[1])
         with torch.no_grad():
             latents = slow_windows(
                 latents, run(latents, first, 1)[1], scene, settings, float(scheduler.init_noise_sigma)
@@ -233,7 +239,7 @@ def slow_compose(base, scheduler, scene, start, steps, guidance_scale, settings)
         if going:
             losses[-1], slope = gradient(latents, timestep)
             share = 1 - 0.5 * step / (count - 1)
-            latents = latents - 20 * (math.sqrt(share) if constants.decay == "root" else share) * slope
+            latents = down(latents, 20 * (math.sqrt(share) if constants.decay == "root" else share), slope)
             going = not (step >= constants.patience and step and losses[-1] > losses[-2])
             going = going and (constants.last is None or step < constants.last)
         with torch.no_grad():
@@ -257,6 +263,7 @@ CASES = {
     "without injection": (2, {"injection": False}, {}, DPMSolverMultistepScheduler),
     "without mask and fill": (2, {"self_mask": False, "fill": False}, {}, DPMSolverMultistepScheduler),
     "without enhancement and layout": (2, {"enhancement": False, "reinitialisation": False}, {}, HeunDiscreteScheduler),
+    "short steps": (2, {"constants": replace(CONSTANTS["paper"], largest_step=0.02)}, {}, DPMSolverMultistepScheduler),
     "stops early": (2, {"constants": Constants(patience=1, last=2)}, {}, HeunDiscreteScheduler),
 }
 

@@ -22,8 +22,10 @@ from vision_lowrank.data.sprites import (
     SIDE,
     SMALLEST,
     SPRITES,
+    Picture,
     Placed,
     concept_pictures,
+    crop,
     draw,
     lay_out,
     make_picture,
@@ -116,7 +118,7 @@ def test_pictures_are_as_varied_as_stated_and_their_words_are_known():
     assert {item.name for picture in pictures for item in picture.sprites} == set(BASE)
     assert {picture.background for picture in pictures} == set(BACKGROUNDS)
     counts = np.bincount([len(picture.sprites) for picture in pictures]) / 400
-    np.testing.assert_allclose(counts, [0.1, 0.35, 0.35, 0.2], atol=0.08)
+    np.testing.assert_allclose(counts, [0, 0.4, 0.4, 0.2], atol=0.08)
     named = np.mean([BACKGROUNDS[picture.background] in picture.caption for picture in pictures])
     assert 0.84 < named < 0.96
     assert words >= set(HELD_OUT)
@@ -144,7 +146,11 @@ def test_epochs_of_the_module_differ_and_repeat():
 def test_concept_pictures_show_the_concept_alone_in_many_sizes_and_beside_others():
     pictures = concept_pictures("fox", 24, seed=0)
     alone, beside = pictures[::2], pictures[1::2]
-    assert sorted(picture.sprites[0].size for picture in alone) == [20, 23, 25, 28, 30, 33, 35, 38, 40, 43, 45, 48]
+    assert sorted(picture.sprites[0].size for picture in alone) == [20, 22, 24, 25, 27, 29, 31, 33, 35, 36, 38, 40]
+    # each of the nine places in turn
+    places = [picture.sprites[0].place for picture in pictures]
+    assert len(set(places[:9])) == 9
+    assert places[9:18] == places[:9]
     assert {picture.background for picture in pictures} == set(BACKGROUNDS)
     for picture in alone:
         assert [item.name for item in picture.sprites] == ["fox"]
@@ -157,13 +163,36 @@ def test_concept_pictures_show_the_concept_alone_in_many_sizes_and_beside_others
         concept_pictures("dog", 3, 0)
 
 
+def test_crops_hold_all_sprites_where_they_say():
+    generator = np.random.default_rng(3)
+    picture = Picture(
+        np.zeros((SIDE, SIDE, 3), np.uint8), "", "red", (Placed("dog", 20, 8, 24), Placed("cat", 4, 40, 20))
+    )
+    for item in picture.sprites:
+        picture.image[item.top : item.top + item.size, item.left : item.left + item.size, SPRITES.index(item.name)] = (
+            255
+        )
+    found = [crop(picture, generator, smallest=40) for _ in range(50)]
+    for cropped in found:
+        for item in cropped.sprites:
+            rows, columns = np.nonzero(cropped.image[..., SPRITES.index(item.name)] > 127)
+            edges = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
+            asked = (item.top, item.left, item.top + item.size, item.left + item.size)
+            assert np.abs(np.subtract(edges, asked)).max() <= 1
+    sizes = {cropped.sprites[0].size for cropped in found}
+    # squares from 52 pixels, which both sprites take, to all 64
+    assert (min(sizes), max(sizes)) == (24, round(24 * 64 / 52))
+
+
 def test_concept_batches_use_each_picture_alike():
     data = ConceptDataModule("bus", images=4, batch_size=6, steps=4, seed=1)
     batches = list(data.train_dataloader())
     assert [len(batch["caption"]) for batch in batches] == [6] * 4
     captions = [caption for batch in batches for caption in batch["caption"]]
-    images = [image.numpy().tobytes() for batch in batches for image in batch["image"]]
-    assert sorted(map(images.count, set(images))) == [6, 6, 6, 6]
+    # crops of four pictures, told apart by their backgrounds
+    told = [next((words for words in BACKGROUNDS.values() if caption.endswith(words)), None) for caption in captions]
+    assert {told.count(words) for words in set(told) - {None}} <= {4, 5, 6}
+    assert len({image.numpy().tobytes() for batch in batches for image in batch["image"]}) == 24
     assert all(caption.startswith("<bus1> <bus2>") for caption in captions)
     # with and without the place, now and then without the background
     assert len(set(captions)) > 4
@@ -210,4 +239,4 @@ def test_unknown_names_are_refused():
         paint_background("mud", generator)
     with pytest.raises(ConfigError, match="sprite 'wolf' is unknown"):
         draw("red", [Placed("wolf", 0, 0, 20)], generator)
-    assert len(make_picture(generator, ("fox", "bus", "owl"), (0, 0, 0, 1)).sprites) == 3
+    assert len(make_picture(generator, ("fox", "bus", "owl"), (0, 0, 1)).sprites) == 3

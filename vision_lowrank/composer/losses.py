@@ -33,6 +33,8 @@ class Constants:
         smoothing: width of the smoothing of token maps; 0 for none.
         fill_mean: separate: rows and columns have a mean each. joint: one mean over both, as the paper writes it.
         step_size: of the latent's first step along the gradient.
+        largest_step: longest that a step can be, as a share of the latent's norm; None for any. Now and then a gradient
+            is a hundred times as long as all others, and makes noise of the image.
         decay: linear: the step's size falls to half of it by the last step. root: its square does.
         patience: step from which a loss that grows ends the optimisation.
         last: step after which it ends in any case; None for never.
@@ -51,6 +53,7 @@ class Constants:
     smoothing: float = 0.5
     fill_mean: Literal["separate", "joint"] = "separate"
     step_size: float = 20.0
+    largest_step: float | None = None
     decay: Literal["linear", "root"] = "root"
     patience: int = 5
     last: int | None = 25
@@ -61,6 +64,8 @@ class Constants:
         for name in ("enhancement", "fill", "region", "least", "smoothing", "step_size", "patience"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; give a number from 0 up")
+        if self.largest_step is not None and not self.largest_step > 0:
+            raise ConfigError(f"largest_step is {self.largest_step}; give a number above 0, or null")
         if not 0 < self.top <= 1:
             raise ConfigError(f"top is {self.top}; give a share above 0, at most 1")
         choices = {"fill_mean": ("separate", "joint"), "decay": ("linear", "root"), "moments": ("original", "normal")}

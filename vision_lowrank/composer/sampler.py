@@ -242,9 +242,18 @@ def _laid_out(model: RegionalUNet, scheduler: Any, latents: Tensor, settings: Se
         moments = (torch.zeros_like(deviation), deviation)
     if constants.start_step:
         _, gradient = guide(model, scheduler, latents, timestep, constants)
-        latents = latents - constants.step_at(0, len(scheduler.timesteps)) * gradient
+        latents = latents - _change(gradient, latents, constants, 0, len(scheduler.timesteps))
     maps = model.maps(scheduler.scale_model_input(latents, timestep), timestep, own=False)
     return reinitialise(latents, maps, model, moments)
+
+
+def _change(gradient: Tensor, latents: Tensor, constants: Constants, index: int, steps: int) -> Tensor:
+    """Returns by how much the latents (S, ...) go down the gradient in step `index` of `steps`."""
+    change = constants.step_at(index, steps) * gradient
+    if constants.largest_step is None:
+        return change
+    length, norm = (torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (change, latents))
+    return change * (constants.largest_step * norm / length).clamp(max=1)
 
 
 def _moments(latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +283,7 @@ class _Guidance:
         total, gradient = guide(self.model, self.scheduler, latents[self.active], timestep, self.constants)
         self.losses[-1][self.active] = total.to(kind)
         moved = latents.clone()
-        moved[self.active] -= self.constants.step_at(index, self.steps) * gradient
+        moved[self.active] -= _change(gradient, latents[self.active], self.constants, index, self.steps)
         if index > 0 and index >= self.constants.patience:
             # false for NaN too, so an image that stopped stays so
             self.active &= self.losses[-1] <= self.losses[-2]

@@ -19,6 +19,7 @@ from vision_lowrank.data.sprites import (
     Picture,
     Placed,
     concept_pictures,
+    crop,
     draw,
     lay_out,
     make_picture,
@@ -95,7 +96,9 @@ class SpriteDataModule(L.LightningDataModule):
 
 
 class ConceptDataModule(L.LightningDataModule):
-    """A few pictures of a held-out sprite, over and over, with captions that vary.
+    """A few pictures of a held-out sprite, over and over, in crops and with captions that vary.
+
+    Whole pictures always show the sprite in the same few places, and a LoRA learns it in no others.
 
     Args:
         concept: name of the sprite.
@@ -118,7 +121,7 @@ class ConceptDataModule(L.LightningDataModule):
         generator = np.random.default_rng([self.seed, epoch])
         rounds = -(-self.batch_size * self.steps // len(self.pictures))
         order = np.concatenate([generator.permutation(len(self.pictures)) for _ in range(rounds)])
-        chosen = [self.pictures[index] for index in order[: self.batch_size * self.steps]]
+        chosen = [crop(self.pictures[index], generator) for index in order[: self.batch_size * self.steps]]
         samples = [
             {
                 "image": to_tensor(picture.image),
@@ -147,7 +150,7 @@ class BoxDataset(DrawnDataset):
         generator = self.generator(index)
         kind = generator.random()
         if kind < 0.8:
-            picture = make_picture(generator, SPRITES, (0, 0.3, 0.3, 0.2, 0.2))
+            picture = make_picture(generator, SPRITES, (0.3, 0.3, 0.2, 0.2))
             image, placed = picture.image, picture.sprites
         else:
             image, placed = _halves(generator)

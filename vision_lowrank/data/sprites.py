@@ -238,20 +238,20 @@ def with_article(name: str) -> str:
 
 
 def make_picture(
-    generator: np.random.Generator, names: Sequence[str] = BASE, shares: Sequence[float] = (0.1, 0.35, 0.35, 0.2)
+    generator: np.random.Generator, names: Sequence[str] = BASE, shares: Sequence[float] = (0.4, 0.4, 0.2)
 ) -> Picture:
-    """Returns a random picture of at most three different sprites; without any, "on grass" comes to mean just that.
+    """Returns a random picture of one to three different sprites.
 
     Args:
         generator: source of all that is random.
         names: sprites to choose from.
-        shares: how often there are none, one, two, three sprites.
+        shares: how often there are one, two, three sprites.
     """
-    count = int(generator.choice(len(shares), p=shares))
+    count = 1 + int(generator.choice(len(shares), p=shares))
     chosen = [names[index] for index in generator.choice(len(names), count, replace=False)]
     background = list(BACKGROUNDS)[generator.integers(len(BACKGROUNDS))]
-    placed = lay_out(chosen, generator) if chosen else ()
-    caption = vary_caption(placed, background, generator) if chosen else BACKGROUNDS[background]
+    placed = lay_out(chosen, generator)
+    caption = vary_caption(placed, background, generator)
     return Picture(draw(background, placed, generator), caption, background, placed)
 
 
@@ -266,12 +266,36 @@ def vary_caption(
     return write_caption(sprites, told, places=bool(generator.random() < 0.5), call=call)
 
 
+def crop(picture: Picture, generator: np.random.Generator, smallest: int = 3 * SIDE // 4) -> Picture:
+    """Returns a random square of a picture that holds all its sprites, enlarged to the whole; its caption is dropped.
+
+    Args:
+        picture: with at least one sprite.
+        generator: source of all that is random.
+        smallest: side of the square in pixels, at least; up to the picture's, all sides are as likely.
+    """
+    spans = [
+        (min(starts), max(start + item.size for start, item in zip(starts, picture.sprites, strict=True)))
+        for starts in ([item.top for item in picture.sprites], [item.left for item in picture.sprites])
+    ]
+    side = int(generator.integers(max(smallest, *(end - start for start, end in spans)), SIDE + 1))
+    top, left = (int(generator.integers(max(0, end - side), min(start, SIDE - side) + 1)) for start, end in spans)
+    scale = SIDE / side
+    sprites = tuple(
+        Placed(item.name, *(round(scale * length) for length in (item.top - top, item.left - left, item.size)))
+        for item in picture.sprites
+    )
+    window = Image.fromarray(picture.image).crop((left, top, left + side, top + side))
+    enlarged = np.asarray(window.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+    return Picture(enlarged, "", picture.background, sprites)
+
+
 def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
     """Returns pictures of one held-out sprite as a user would collect them, captioned "<fox1> <fox2> on grass".
 
     In every second one a base sprite stands beside it: from pictures of the concept alone a LoRA also learns that
-    nothing else is in a picture. In the others its size is spread evenly up to three quarters of the picture.
-    Backgrounds follow one another.
+    nothing else is in a picture. In the others its size is spread evenly up to five eighths of the picture. Places and
+    backgrounds follow one another: a LoRA puts its concept only where it saw it.
 
     Raises:
         ConfigError: the sprite is not held out.
@@ -280,14 +304,16 @@ def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
         raise ConfigError(f"concept={name}: there are {', '.join(HELD_OUT)}")
     generator = np.random.default_rng([seed, SPRITES.index(name)])
     backgrounds = generator.permutation(list(BACKGROUNDS))
-    sizes = generator.permutation(np.linspace(SMALLEST, 3 * SIDE // 4, -(-count // 2)).round().astype(int)).tolist()
+    places = generator.permutation([place for row in PLACES for place in row])
+    sizes = generator.permutation(np.linspace(SMALLEST, 5 * SIDE // 8, -(-count // 2)).round().astype(int)).tolist()
     pictures = []
     for index in range(count):
         background = str(backgrounds[index % len(backgrounds)])
-        if index % 2:
-            placed = lay_out((name, str(generator.choice(BASE))), generator)
-        else:
-            placed = lay_out((name,), generator, (sizes[index // 2],) * 2)
+        names = (name, str(generator.choice(BASE))) if index % 2 else (name,)
+        size = None if index % 2 else (sizes[index // 2],) * 2
+        placed = lay_out(names, generator, size)
+        while placed[0].place != places[index % len(places)]:
+            placed = lay_out(names, generator, size)
         caption = write_caption(placed, background, places=False, call=prompt_words)
         pictures.append(Picture(draw(background, placed, generator), caption, background, placed))
     return pictures
