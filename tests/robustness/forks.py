@@ -65,6 +65,8 @@ def serve():
     }
 
     def work(job):
+        # renews the pool of threads that forking left broken, before several threads want to at once
+        torch.set_num_threads(1)
         if job.get("within"):
             checkpoints.SAVE_EVERY = timedelta(0)
         if "file_limit" in job:
