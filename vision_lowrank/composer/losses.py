@@ -34,7 +34,7 @@ class Constants:
         fill_mean: separate: rows and columns have a mean each. joint: one mean over both, as the paper writes it.
         step_size: of the latent's first step along the gradient.
         largest_step: longest that a step can be, as a share of the latent's norm; None for any. Now and then a gradient
-            is a hundred times as long as all others, and makes noise of the image.
+            is many times longer than all others, and makes noise of the image.
         decay: linear: the step's size falls to half of it by the last step. root: its square does.
         patience: step from which a loss that grows ends the optimisation.
         last: step after which it ends in any case; None for never.
