@@ -55,6 +55,8 @@ def test_a_scene_asks_for_what_was_drawn(tmp_path):
     assert content["joined_prompt"] == (
         "<fox1> <fox2> at the top left and <cactus1> <cactus2> at the bottom right in the night sky"
     )
+    # all methods are guided away from the background alone
+    assert content["joined_negative_prompt"] == "in the night sky"
     assert content["regions"][1] == {
         "box": {"left": 36, "top": 30, "right": 64, "bottom": 58},
         "prompt": "<cactus1> <cactus2> at the bottom right in the night sky",

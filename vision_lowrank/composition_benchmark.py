@@ -97,12 +97,13 @@ def draw_scenes(
 
 def scene_content(scene: Drawn, world: Path, settings: Mapping[str, Any], steps: int, scale: float) -> dict[str, Any]:
     """Returns the scene file of a drawn scene."""
+    # away from the background alone: guidance then strengthens the concepts and nothing else
+    alone = BACKGROUNDS[scene.background]
     regions = [
         {
             "box": {"left": left, "top": top, "right": right, "bottom": bottom},
             "prompt": write_caption([item], scene.background, places=True, call=concept_words),
-            # away from the background alone: guidance then strengthens the concept and nothing else
-            "negative_prompt": BACKGROUNDS[scene.background],
+            "negative_prompt": alone,
             "loras": [str(world / "loras" / f"{name}.safetensors")],
         }
         for item, (name, (top, left, bottom, right)) in zip(scene.placed, scene.asked, strict=True)
@@ -111,7 +112,8 @@ def scene_content(scene: Drawn, world: Path, settings: Mapping[str, Any], steps:
     if len(joined.replace(",", " ,").split()) > LONGEST:
         joined = write_caption(scene.placed, None, places=True, call=concept_words)
     return {
-        "base": str(world / "pipeline"), "prompt": BACKGROUNDS[scene.background], "joined_prompt": joined,
+        "base": str(world / "pipeline"), "prompt": alone,
+        "joined_prompt": joined, "joined_negative_prompt": alone,
         "height": SIDE, "width": SIDE, "regions": regions, "steps": steps, "guidance_scale": scale,
         "settings": dict(settings),
     }  # fmt: skip

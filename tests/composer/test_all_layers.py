@@ -175,6 +175,18 @@ def test_the_gradient_is_that_of_the_loss(unet):
     torch.testing.assert_close((gradient * direction).sum(), (high - low)[0] / 2e-5, rtol=1e-5, atol=1e-8)
 
 
+def test_without_negative_loras_the_negative_prompts_are_the_base_s(unet):
+    what = everywhere(unet, 3, [(lora(unet, 9, ("attn1.to_q", "attn2.to_k", "conv1", "time_embedding.linear_1")), 0.5)])
+    bare = replace(what, background=[], regions=[replace(region, loras=[]) for region in what.regions])
+    found, full, none = [], [], []
+    for rows, scene_, options in ((found, what, False), (full, what, True), (none, bare, True)):
+        settings = replace(ALL, negative_loras=options)
+        with torch.no_grad(), regional_unet(unet, scene_, **settings.attention) as model:
+            rows += [*model.noise(start_of((9, 15), 2), 500).chunk(2), model.noise(noise(), 500, negative=False)]
+    torch.testing.assert_close(found, [none[0], *full[1:]], rtol=1e-9, atol=1e-9)
+    assert (full[0] - none[0]).abs().max() > 0.01
+
+
 def test_only_cross_attention_takes_a_lora_by_default(unet):
     what, settings = everywhere(unet, 2), replace(ALL, all_layers=False)
     cross = [replace(region, loras=only(region.loras, *CROSS)) for region in what.regions]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def scene(pipeline, tmp_path_factory):
         for box, name, word in zip(boxes, ("first", "second", "first"), ("dog", "cat", "dog"), strict=True)
     ]
     content = {
-        "base": "base", "prompt": "on grass", "joined_prompt": "a dog and a cat on grass", "negative_prompt": "a",
+        "base": "base", "prompt": "on grass", "negative_prompt": "on grass",
+        "joined_prompt": "a dog and a cat on grass", "joined_negative_prompt": "a",
         "height": SIDE, "width": SIDE, "regions": regions,
     }  # fmt: skip
     (folder / "two.yaml").write_text(yaml.safe_dump(content))
@@ -125,7 +127,10 @@ def test_methods_with_one_prompt_are_those_of_diffusers(method, scene, pipeline,
     assert all(map(math.isnan, found.losses.flatten().tolist()))
 
 
-def test_plain_prompt_is_that_of_the_base(scene, pipeline, noise):
+@pytest.mark.parametrize("own", [True, False])
+def test_plain_prompt_is_that_of_the_base(own, scene, pipeline, noise):
+    if not own:
+        scene = replace(scene, file=replace(scene.file, joined_negative_prompt=None, negative_prompt="a"))
     found = composed("prompt", scene, pipeline, noise)
     options = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "latent"}
     prompts = {"prompt": ["a dog and a cat on grass"] * 2, "negative_prompt": ["a"] * 2}

@@ -25,6 +25,7 @@ from vision_lowrank.composer.injection import (
     merge_heads,
     project_prompt,
     split_heads,
+    with_rows,
 )
 from vision_lowrank.composer.layout import CellPolicy, OverlapPolicy, Places, Scene, UNet, checked_layers
 
@@ -54,10 +55,13 @@ class _MapsComplete(Exception):
 class RegionalUNet:
     """A UNet with its layers exchanged; made by `regional_unet`."""
 
-    def __init__(self, unet: UNet, scene: Scene, map_layers: Sequence[str], **policies: Any) -> None:
+    def __init__(
+        self, unet: UNet, scene: Scene, map_layers: Sequence[str], negative_loras: bool, **policies: Any
+    ) -> None:
         self.unet = unet
         self.scene = scene
         self.map_layers = map_layers
+        self.negative_loras = negative_loras
         self.size = (0, 0)  # of the map in the transformer that runs now
         self.rows = slice(0, 2)
         self.cross: list[list[Tensor]] | None = None
@@ -111,6 +115,10 @@ class RegionalUNet:
             self.cross = self.own = None
         raise AssertionError("unreachable: the last of the map layers ends the pass")
 
+    def changed_rows(self, batch: int) -> slice:
+        """Returns which rows of the present pass's batch LoRAs change."""
+        return slice(0 if self.negative_loras or self.rows.start else batch // 2, batch)
+
     def of_rows(self, tensor: Tensor, batch: int) -> Tensor:
         """Maps (2, ...) to a batch with the rows of the present pass, each once for every image."""
         tensor = tensor[self.rows]
@@ -158,6 +166,7 @@ class _CrossAttention:
         places = self.model.places()
         everywhere = [places.outside, *places.positions]
         shares = places.shares.to(query.dtype)[:, None]
+        rows = self.model.changed_rows(len(query))
         parts: list[Tensor] = []
         changes: list[Tensor] = []
         changed: list[Tensor] = []
@@ -165,13 +174,15 @@ class _CrossAttention:
             attended = self._attend(query[:, :, positions], prompt) if known is None else known
             parts.append(merge_heads(attended) * shares[positions])
             if prompt.out is not None:
-                changes.append(low_rank(parts[-1], prompt.out))
+                changes.append(low_rank(parts[-1][rows], prompt.out))
                 changed.append(positions)
         whole = query.new_zeros(query.shape[0], query.shape[2], parts[0].shape[2])
         whole = whole.index_add(1, torch.cat(everywhere), torch.cat(parts, 1))
         # the projection is linear and the shares of a position sum to 1, so the base's part is the same for all
         out: Tensor = attn.to_out[0](whole)
-        return out.index_add(1, torch.cat(changed), torch.cat(changes, 1)) if changes else out
+        if not changes:
+            return out
+        return with_rows(out, rows, out[rows].index_add(1, torch.cat(changed), torch.cat(changes, 1)))
 
     def _attend(self, query: Tensor, prompt: Branch) -> Tensor:
         return F.scaled_dot_product_attention(query, self._rows(prompt.key, query), self._rows(prompt.value, query))
@@ -219,6 +230,7 @@ def regional_unet(
     *,
     injection: bool = True,
     all_layers: bool = False,
+    negative_loras: bool = True,
     self_mask: bool = True,
     cells: CellPolicy = "nearest",
     overlaps: OverlapPolicy = "own",
@@ -236,6 +248,7 @@ def regional_unet(
         all_layers: regions also take, at their positions, what their LoRAs change besides keys, values and output
             projections of cross-attention: queries, self-attention, feed-forwards, projections of transformers, all
             convolutions, and what residual blocks add for the time.
+        negative_loras: LoRAs change the UNet for the negative prompts too; without, guidance strengthens what they bring.
         self_mask: a position in a box sees the box and the background, and what `overlaps` says.
         cells: see `Box.cells`.
         overlaps: see `Places`.
@@ -248,24 +261,25 @@ def regional_unet(
     """
     layers, map_layers = checked_layers(unet, scene, map_factor)
     local = local_layers(unet, scene) if injection and all_layers else []
-    model = RegionalUNet(unet, scene, map_layers, cells=cells, overlaps=overlaps)
+    model = RegionalUNet(unet, scene, map_layers, negative_loras, cells=cells, overlaps=overlaps)
+    rows = model.changed_rows
     with ExitStack() as stack:
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         stack.callback(_set_gradients, trained, True)
         _set_gradients(trained, False)
         regions = [
-            project_prompt(unet, layers, region.text, region.loras, scene.background) for region in scene.regions
+            project_prompt(unet, layers, region.text, region.loras, scene.background, rows) for region in scene.regions
         ]
         for name in sorted({name for lora, _ in scene.background for name in lora}):
             factors = combine(scene.background, name, unet)
             if factors is not None:
-                stack.callback(unet.get_submodule(name).register_forward_hook(Addition(factors)).remove)
-        everywhere = project_prompt(unet, layers, scene.text, (), ())
+                stack.callback(unet.get_submodule(name).register_forward_hook(Addition(rows, factors)).remove)
+        everywhere = project_prompt(unet, layers, scene.text, (), (), rows)
         stack.callback(unet.set_attn_processor, dict(unet.attn_processors))
         instead = [(lora, -strength) for lora, strength in scene.background]
         for name in local:
             changes = [combine([*region.loras, *instead], name, unet) for region in scene.regions]
-            for handle in add_locally(unet, name, model.places, changes):
+            for handle in add_locally(unet, name, model.places, rows, changes):
                 stack.callback(handle.remove)
         for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
             size_hook = _SizeHook(model)

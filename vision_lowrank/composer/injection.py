@@ -15,6 +15,8 @@ from vision_lowrank.errors import AdapterError
 Factors: TypeAlias = tuple[Tensor, Tensor]
 # where the regions are on a map of that height and width; without one, of the map that the transformer works on now
 PlacesAt: TypeAlias = Callable[[tuple[int, int] | None], Places]
+# which rows of a batch of that length LoRAs change; always the last ones
+RowsOf: TypeAlias = Callable[[int], slice]
 
 # what the processors of cross-attention see to
 _CROSS = (".attn2.to_k", ".attn2.to_v", ".attn2.to_out.0")
@@ -73,26 +75,29 @@ def _has_positions(unet: UNet, name: str) -> bool:
     )
 
 
-def add_locally(unet: UNet, name: str, places: PlacesAt, changes: Sequence[Factors | None]) -> list[RemovableHandle]:
+def add_locally(
+    unet: UNet, name: str, places: PlacesAt, rows: RowsOf, changes: Sequence[Factors | None]
+) -> list[RemovableHandle]:
     """Hooks to a layer what each region changes there; None where a region changes nothing.
 
     Args:
         unet: the UNet.
         name: one of its `local_layers`.
         places: tells where the regions are.
+        rows: tells which rows are changed.
         changes: factors of each region.
     """
     module = unet.get_submodule(name)
     if not name.endswith(_TIME):
-        return [module.register_forward_hook(LocalAddition(places, changes))]
-    hook = _LocalTime(places, changes)
+        return [module.register_forward_hook(LocalAddition(places, rows, changes))]
+    hook = _LocalTime(places, rows, changes)
     behind = unet.get_submodule(f"{name.removesuffix(_TIME)}.norm2")
     return [module.register_forward_pre_hook(hook.keep), behind.register_forward_pre_hook(hook)]
 
 
 @torch.no_grad()
 def project_prompt(
-    unet: UNet, layers: Sequence[str], text: Text, loras: Sequence[Lora], background: Sequence[Lora]
+    unet: UNet, layers: Sequence[str], text: Text, loras: Sequence[Lora], background: Sequence[Lora], rows: RowsOf
 ) -> list[Branch]:
     """Returns keys, values and change of the output projection at each layer."""
     # the background changes all outputs of a layer, so a region takes that back
@@ -100,13 +105,15 @@ def project_prompt(
     out = []
     for index, name in enumerate(layers):
         attn = unet.get_submodule(name)
-        rows = [tensor[index if len(tensor) > 1 else 0] for tensor in (text.negative, text.positive)]
-        states = torch.stack(rows).to(attn.to_k.weight)
+        both = [tensor[index if len(tensor) > 1 else 0] for tensor in (text.negative, text.positive)]
+        states = torch.stack(both).to(attn.to_k.weight)
         found = {}
         for layer in ("to_k", "to_v"):
             factors = combine(loras, f"{name}.{layer}", unet)
-            change = 0 if factors is None else low_rank(states, factors)
-            found[layer] = split_heads(getattr(attn, layer)(states) + change, attn.heads)
+            projected = getattr(attn, layer)(states)
+            if factors is not None:
+                projected[rows(2)] += low_rank(states[rows(2)], factors)
+            found[layer] = split_heads(projected, attn.heads)
         out.append(Branch(found["to_k"], found["to_v"], combine(instead, f"{name}.to_out.0", unet)))
     return out
 
@@ -114,12 +121,15 @@ def project_prompt(
 class Addition:
     """Forward hook that adds a low-rank change to a layer's output."""
 
-    def __init__(self, factors: Factors) -> None:
+    def __init__(self, rows: RowsOf, factors: Factors) -> None:
+        self.rows = rows
         self.factors = factors
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Returns the changed output (..., out), or (B, out, height, width) of a convolution."""
-        return output + apply_low_rank(cast(BaseLayer, module), inputs[0], *self.factors)
+        """Returns the changed output (B, ..., out), or (B, out, height, width) of a convolution."""
+        rows = self.rows(len(output))
+        change = apply_low_rank(cast(BaseLayer, module), inputs[0][rows], *self.factors)
+        return with_rows(output, rows, output[rows] + change)
 
 
 class LocalAddition:
@@ -129,18 +139,22 @@ class LocalAddition:
 
     Args:
         places: tells where the regions are.
+        rows: tells which rows are changed.
         changes: factors of the regions; None where a region changes nothing.
     """
 
-    def __init__(self, places: PlacesAt, changes: Sequence[Factors | None]) -> None:
+    def __init__(self, places: PlacesAt, rows: RowsOf, changes: Sequence[Factors | None]) -> None:
         self.places = places
+        self.rows = rows
         self.changes = changes
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Returns the changed output (B, N, out), or (B, out, height, width) of a convolution."""
-        if isinstance(module, nn.Conv2d):
-            return self._add_to_map(module, inputs[0], output)
-        x = inputs[0]
+        rows = self.rows(len(output))
+        add = self._add_to_map if isinstance(module, nn.Conv2d) else self._add_to_positions
+        return with_rows(output, rows, add(module, inputs[0][rows], output[rows]))
+
+    def _add_to_positions(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         places = self.places(None)
         shares = places.shares.to(output.dtype)[:, None]
         for positions, factors in zip(places.positions, self.changes, strict=True):
@@ -149,8 +163,9 @@ class LocalAddition:
                 output = output.index_add(1, positions, change.to(output.dtype))
         return output
 
-    def _add_to_map(self, module: nn.Conv2d, x: Tensor, output: Tensor) -> Tensor:
+    def _add_to_map(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Convolves of each region only the input that its positions of the output see."""
+        assert isinstance(module, nn.Conv2d)
         places = self.places((output.shape[-2], output.shape[-1]))
         shares = places.shares.to(output.dtype).unflatten(0, places.size)
         padding, stride = cast(tuple[int, int], module.padding), module.stride
@@ -178,8 +193,9 @@ class _LocalTime:
     The block projects the time to a vector without positions and adds it to a map, which `norm2` gets.
     """
 
-    def __init__(self, places: PlacesAt, changes: Sequence[Factors | None]) -> None:
+    def __init__(self, places: PlacesAt, rows: RowsOf, changes: Sequence[Factors | None]) -> None:
         self.places = places
+        self.rows = rows
         self.changes = changes
         self.time: Tensor | None = None
 
@@ -193,12 +209,19 @@ class _LocalTime:
         places = self.places((x.shape[-2], x.shape[-1]))
         shares = places.shares.to(x.dtype)
         assert self.time is not None
+        rows = self.rows(len(x))
+        changed = x[rows]
         for mask, factors in zip(places.masks, self.changes, strict=True):
             if factors is not None:
                 share = (mask * shares).unflatten(0, places.size)
-                x = x + low_rank(self.time, factors)[..., None, None] * share
+                changed = changed + low_rank(self.time[rows], factors)[..., None, None] * share
         self.time = None
-        return (x,)
+        return (with_rows(x, rows, changed),)
+
+
+def with_rows(tensor: Tensor, rows: slice, changed: Tensor) -> Tensor:
+    """Returns a batch whose last rows are exchanged."""
+    return changed if len(changed) == len(tensor) else torch.cat([tensor[: rows.start], changed])
 
 
 def low_rank(x: Tensor, factors: Factors) -> Tensor:

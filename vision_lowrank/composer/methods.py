@@ -85,12 +85,14 @@ def plan(method: str, scene: LoadedScene, pipeline: Any, settings: Settings) -> 
     """
     if method not in METHODS:
         raise ConfigError(f"method={method}: it can be {', '.join(METHODS)}")
+    if method != "composer":
+        # the others are what their papers say
+        settings = replace(
+            settings,
+            injection=True, negative_loras=True,
+            self_mask=False, enhancement=False, fill=False, region=False, reinitialisation=False,
+        )  # fmt: skip
     if method in ("composer", "regional"):
-        if method == "regional":
-            settings = replace(
-                settings,
-                injection=True, self_mask=False, enhancement=False, fill=False, region=False, reinitialisation=False,
-            )  # fmt: skip
         return Plan([prepare(scene, pipeline)], settings)
     files = list(dict.fromkeys(entry.file for region in scene.file.regions for entry in region.loras))
     if method in ("switch", "composite") and files:

@@ -22,6 +22,8 @@ class Settings:
         injection: regions take their own prompts and LoRAs in cross-attention.
         all_layers: regions take their LoRAs in all other layers too, at their positions, convolutions included; the
             paper's method leaves those out, and with them what a LoRA learned there.
+        negative_loras: LoRAs change the UNet for the negative prompts too, as in the paper; without, guidance
+            strengthens what they bring.
         self_mask: concepts do not see each other in self-attention.
         enhancement: the loss that strengthens a concept's tokens in its box.
         fill: the loss that spreads them over the box.
@@ -35,6 +37,7 @@ class Settings:
 
     injection: bool = True
     all_layers: bool = False
+    negative_loras: bool = True
     self_mask: bool = True
     enhancement: bool = True
     fill: bool = True
@@ -53,7 +56,7 @@ class Settings:
     @property
     def attention(self) -> dict[str, Any]:
         """Arguments of `regional_unet`."""
-        names = ("injection", "all_layers", "self_mask", "cells", "overlaps", "map_factor")
+        names = ("injection", "all_layers", "negative_loras", "self_mask", "cells", "overlaps", "map_factor")
         return {name: getattr(self, name) for name in names}
 
 

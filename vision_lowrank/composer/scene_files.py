@@ -72,8 +72,9 @@ class SceneFile:
 
     `base` is the folder of a diffusers pipeline, or a name on the hub; `background` LoRAs change the whole image,
     `conditions` guide it; `joined_prompt` names all concepts at once, for the methods that take one prompt (see
-    `methods.py`), by default the regions' prompts joined by "and"; `steps` and `guidance_scale` are those of sampling;
-    `settings` are changes of `sampler.Settings`, its `constants` a preset or changes of single numbers.
+    `methods.py`), by default the regions' prompts joined by "and"; `joined_negative_prompt` goes with it, by default
+    `negative_prompt`; `steps` and `guidance_scale` are those of sampling; `settings` are changes of `sampler.Settings`,
+    its `constants` a preset or changes of single numbers.
     """
 
     base: str
@@ -85,6 +86,7 @@ class SceneFile:
     conditions: tuple[ConditionEntry, ...] = ()
     negative_prompt: str | None = None
     joined_prompt: str | None = None
+    joined_negative_prompt: str | None = None
     steps: int = 50
     guidance_scale: float = 7.5
     settings: dict[str, Any] = field(default_factory=dict)
@@ -210,11 +212,12 @@ def prepare_joined(scene: LoadedScene, pipeline: Any, active: Collection[str]) -
     check_loras(scene, pipeline)
     file = scene.file
     prompt = file.joined_prompt or " and ".join(region.prompt for region in file.regions) or file.prompt
+    negative = file.negative_prompt if file.joined_negative_prompt is None else file.joined_negative_prompt
     entries = {entry.file: entry for region in file.regions for entry in region.loras}
     loras = scene.of(file.background) + [
         (scene.loras[name], entry.strength if name in active else 0.0) for name, entry in entries.items()
     ]
-    whole = encode(pipeline, prompt, file.negative_prompt, loras)
+    whole = encode(pipeline, prompt, negative, loras)
     added = added_conditions(whole, file.height, file.width)
     return Scene(whole.text, (), unet_changes(loras), added, scene.conditions(pipeline.unet))
 

@@ -106,11 +106,20 @@ class ConceptDataModule(L.LightningDataModule):
         batch_size: pictures a step.
         steps: length of an epoch.
         seed: of the pictures and of their order.
+        largest: side of the largest sprites in the pictures, before they are cropped.
     """
 
-    def __init__(self, concept: str, images: int = 20, batch_size: int = 8, steps: int = 100, seed: int = 0) -> None:
+    def __init__(
+        self,
+        concept: str,
+        images: int = 24,
+        batch_size: int = 8,
+        steps: int = 100,
+        seed: int = 0,
+        largest: int = SIDE // 2,
+    ) -> None:
         super().__init__()
-        self.pictures = concept_pictures(concept, images, seed)
+        self.pictures = concept_pictures(concept, images, seed, largest)
         self.batch_size = batch_size
         self.steps = steps
         self.seed = seed

@@ -290,27 +290,39 @@ def crop(picture: Picture, generator: np.random.Generator, smallest: int = 3 * S
     return Picture(enlarged, "", picture.background, sprites)
 
 
-def concept_pictures(name: str, count: int, seed: int) -> list[Picture]:
+def concept_pictures(name: str, count: int, seed: int, largest: int = SIDE // 2) -> list[Picture]:
     """Returns pictures of one held-out sprite as a user would collect them, captioned "<fox1> <fox2> on grass".
 
     In every second one a base sprite stands beside it: from pictures of the concept alone a LoRA also learns that
-    nothing else is in a picture. In the others its size is spread evenly up to five eighths of the picture. Places and
-    backgrounds follow one another: a LoRA puts its concept only where it saw it.
+    nothing else is in a picture. In the others its size is spread evenly. Places and backgrounds follow one another,
+    each background once with and once without a neighbour: a LoRA puts its concept only where it saw it.
+
+    Args:
+        name: of the sprite.
+        count: number of pictures.
+        seed: of all that is random.
+        largest: side of the largest sprites in pixels; the smallest have `SMALLEST`.
 
     Raises:
-        ConfigError: the sprite is not held out.
+        ConfigError: the sprite is not held out, or the largest are too small or too large for all nine places.
     """
     if name not in HELD_OUT:
         raise ConfigError(f"concept={name}: there are {', '.join(HELD_OUT)}")
+    if not SMALLEST <= largest <= 5 * SIDE // 8:
+        raise ConfigError(
+            f"data.largest={largest}: sprites of {SMALLEST} to {5 * SIDE // 8} pixels fit all nine places"
+        )
     generator = np.random.default_rng([seed, SPRITES.index(name)])
     backgrounds = generator.permutation(list(BACKGROUNDS))
     places = generator.permutation([place for row in PLACES for place in row])
-    sizes = generator.permutation(np.linspace(SMALLEST, 5 * SIDE // 8, -(-count // 2)).round().astype(int)).tolist()
+    sizes = generator.permutation(np.linspace(SMALLEST, largest, -(-count // 2)).round().astype(int)).tolist()
     pictures = []
     for index in range(count):
         background = str(backgrounds[index % len(backgrounds)])
-        names = (name, str(generator.choice(BASE))) if index % 2 else (name,)
-        size = None if index % 2 else (sizes[index // 2],) * 2
+        # the second round of backgrounds has neighbours where the first had none
+        beside = (index + index // len(backgrounds)) % 2
+        names = (name, str(generator.choice(BASE))) if beside else (name,)
+        size = (SMALLEST, largest) if beside else (sizes[index // 2],) * 2
         placed = lay_out(names, generator, size)
         while placed[0].place != places[index % len(places)]:
             placed = lay_out(names, generator, size)

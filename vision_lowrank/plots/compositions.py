@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from vision_lowrank.plots.figures import figure_file
 
@@ -33,9 +34,12 @@ def save_sheet(
                 panel.set(xticks=[], yticks=[])
                 for colour, (_, (top, left, bottom, right)) in zip(COLOURS, asked, strict=False):
                     corner = (left - 0.5, top - 0.5)
-                    panel.add_patch(
-                        Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1)
-                    )
+                    outline = Rectangle(
+                        corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1,
+                        # to be seen on snow too
+                        path_effects=[withStroke(linewidth=2, foreground="0.35")],
+                    )  # fmt: skip
+                    panel.add_patch(outline)
         for panel, asked in zip(axes[0], boxes, strict=True):
             for line, (colour, (name, _)) in enumerate(zip(COLOURS, asked, strict=False)):
                 panel.annotate(
