@@ -248,7 +248,7 @@ def regional_unet(
         all_layers: regions also take, at their positions, what their LoRAs change besides keys, values and output
             projections of cross-attention: queries, self-attention, feed-forwards, projections of transformers, all
             convolutions, and what residual blocks add for the time.
-        negative_loras: LoRAs change the UNet for the negative prompts too; without, guidance strengthens what they bring.
+        negative_loras: see `sampler.Settings`.
         self_mask: a position in a box sees the box and the background, and what `overlaps` says.
         cells: see `Box.cells`.
         overlaps: see `Places`.
