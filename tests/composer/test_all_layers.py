@@ -178,11 +178,14 @@ def test_the_gradient_is_that_of_the_loss(unet):
 def test_without_negative_loras_the_negative_prompts_are_the_base_s(unet):
     what = everywhere(unet, 3, [(lora(unet, 9, ("attn1.to_q", "attn2.to_k", "conv1", "time_embedding.linear_1")), 0.5)])
     bare = replace(what, background=[], regions=[replace(region, loras=[]) for region in what.regions])
-    found, full, none = [], [], []
-    for rows, scene_, options in ((found, what, False), (full, what, True), (none, bare, True)):
-        settings = replace(ALL, negative_loras=options)
-        with torch.no_grad(), regional_unet(unet, scene_, **settings.attention) as model:
-            rows += [*model.noise(start_of((9, 15), 2), 500).chunk(2), model.noise(noise(), 500, negative=False)]
+
+    def predicted(composed_scene, negative_loras):
+        settings = replace(ALL, negative_loras=negative_loras)
+        with torch.no_grad(), regional_unet(unet, composed_scene, **settings.attention) as model:
+            both = model.noise(start_of((9, 15), 2), 500)
+            return [*both.chunk(2), model.noise(noise(), 500, negative=False)]
+
+    found, full, none = predicted(what, False), predicted(what, True), predicted(bare, True)
     torch.testing.assert_close(found, [none[0], *full[1:]], rtol=1e-9, atol=1e-9)
     assert (full[0] - none[0]).abs().max() > 0.01
 
