@@ -28,6 +28,7 @@ from vision_lowrank.composer.injection import (
     with_rows,
 )
 from vision_lowrank.composer.layout import CellPolicy, OverlapPolicy, Places, Scene, UNet, checked_layers
+from vision_lowrank.composer.normalisation import RegionalNorm
 
 
 class Maps(NamedTuple):
@@ -232,6 +233,7 @@ def regional_unet(
     all_layers: bool = False,
     negative_loras: bool = True,
     self_mask: bool = True,
+    norm_mask: bool = False,
     cells: CellPolicy = "nearest",
     overlaps: OverlapPolicy = "own",
     map_factor: int = 4,
@@ -250,6 +252,7 @@ def regional_unet(
             convolutions, and what residual blocks add for the time.
         negative_loras: see `sampler.Settings`.
         self_mask: a position in a box sees the box and the background, and what `overlaps` says.
+        norm_mask: group normalisation takes its statistics from the same positions.
         cells: see `Box.cells`.
         overlaps: see `Places`.
         map_factor: maps are those of the layers with this many latents along a side of a position; the middle block
@@ -281,6 +284,8 @@ def regional_unet(
             changes = [combine([*region.loras, *instead], name, unet) for region in scene.regions]
             for handle in add_locally(unet, name, model.places, rows, changes):
                 stack.callback(handle.remove)
+        for norm in [module for module in unet.modules() if norm_mask and isinstance(module, nn.GroupNorm)]:
+            stack.callback(norm.register_forward_hook(RegionalNorm(model.places)).remove)
         for name in {layer.partition(".transformer_blocks.")[0] for layer in layers}:
             size_hook = _SizeHook(model)
             stack.callback(unet.get_submodule(name).register_forward_pre_hook(size_hook, with_kwargs=True).remove)

@@ -210,19 +210,23 @@ class Places:
         return of_position, pairs == pairs.amin(1, keepdim=True)
 
     @cached_property
-    def groups(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Positions (n,) of queries that see the same keys, with those keys (m,); None where all see all."""
+    def views(self) -> tuple[Tensor, Tensor] | None:
+        """The view (N,) of each position; what each view has, bool (views, N). None where all see all."""
         if not any(self.cells):
             return None
         of_position, seen = self._classes
         if seen.all():
             return None
-        rows, group = torch.unique(seen, dim=0, return_inverse=True)
-        of_query = group[of_position]
-        return [
-            ((of_query == index).nonzero().squeeze(1), row[of_position].nonzero().squeeze(1))
-            for index, row in enumerate(rows)
-        ]
+        rows, view = torch.unique(seen, dim=0, return_inverse=True)
+        return view[of_position], rows[:, of_position]
+
+    @cached_property
+    def groups(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Positions (n,) of queries that see the same keys, with those keys (m,); None where all see all."""
+        if self.views is None:
+            return None
+        view, seen = self.views
+        return [((view == index).nonzero().squeeze(1), row.nonzero().squeeze(1)) for index, row in enumerate(seen)]
 
     @cached_property
     def order(self) -> Tensor:

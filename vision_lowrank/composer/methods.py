@@ -90,7 +90,7 @@ def plan(method: str, scene: LoadedScene, pipeline: Any, settings: Settings) -> 
         settings = replace(
             settings,
             injection=True, negative_loras=True,
-            self_mask=False, enhancement=False, fill=False, region=False, reinitialisation=False,
+            self_mask=False, norm_mask=False, enhancement=False, fill=False, region=False, reinitialisation=False,
         )  # fmt: skip
     if method in ("composer", "regional"):
         return Plan([prepare(scene, pipeline)], settings)

@@ -25,6 +25,8 @@ class Settings:
         negative_loras: LoRAs change the UNet for the negative prompts too, as in the paper; without, guidance
             strengthens what they bring.
         self_mask: concepts do not see each other in self-attention.
+        norm_mask: nor in group normalisation, whose statistics otherwise carry each concept to all positions; the
+            paper's method leaves them as they are.
         enhancement: the loss that strengthens a concept's tokens in its box.
         fill: the loss that spreads them over the box.
         region: the loss on what a box sees outside it.
@@ -39,6 +41,7 @@ class Settings:
     all_layers: bool = False
     negative_loras: bool = True
     self_mask: bool = True
+    norm_mask: bool = False
     enhancement: bool = True
     fill: bool = True
     region: bool = True
@@ -56,7 +59,8 @@ class Settings:
     @property
     def attention(self) -> dict[str, Any]:
         """Arguments of `regional_unet`."""
-        names = ("injection", "all_layers", "negative_loras", "self_mask", "cells", "overlaps", "map_factor")
+        masks = ("self_mask", "norm_mask", "cells", "overlaps", "map_factor")
+        names = ("injection", "all_layers", "negative_loras", *masks)
         return {name: getattr(self, name) for name in names}
 
 

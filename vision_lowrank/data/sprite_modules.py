@@ -31,7 +31,7 @@ from vision_lowrank.data.sprites import (
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """Returns uint8 (height, width, 3) as float32 (3, height, width) from -1 to 1."""
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class DrawnDataset(Dataset[dict[str, Any]]):
