@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from local_hub import Hub, HubHandler, HubServer
 
-# set before torch is imported, and inherited by what tests start: processes of the suite share the cores, and threads of
-# one that wait for another's make everything slower
+# set before torch is imported, and inherited by what tests start: processes of the suite share the cores, and threads
+# that wait for those of another process make everything slower
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 

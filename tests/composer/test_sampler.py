@@ -69,6 +69,34 @@ def slow_masks(boxes, size, policy):
     return masks
 
 
+def penalties(flat, overlaps):
+    owners = [set(column.nonzero().flatten().tolist()) for column in flat.T]
+
+    def penalty(of_query, of_key):
+        if overlaps == "official":
+            return -1e6 * sum(one != other for one in of_query for other in of_key)
+        return -1e6 if of_query and of_key and not of_query & of_key else 0.0
+
+    return torch.tensor([[penalty(query, key) for key in owners] for query in owners], dtype=torch.float64)
+
+
+class SlowNorm(torch.nn.Module):
+    def __init__(self, norm, boxes, settings):
+        super().__init__()
+        self.norm, self.boxes, self.settings = norm, boxes, settings
+
+    def forward(self, x):
+        grouped = x.flatten(2).unflatten(1, (self.norm.num_groups, -1))
+        flat = slow_masks(self.boxes, x.shape[2:], self.settings.cells).flatten(1)
+        columns = []
+        for position, row in enumerate(penalties(flat, self.settings.overlaps)):
+            seen = grouped[..., row == row.max()]
+            mean, variance = seen.mean((2, 3)), seen.var((2, 3), correction=0)
+            columns.append((grouped[..., position] - mean[..., None]) / (variance[..., None] + self.norm.eps).sqrt())
+        normed = torch.stack(columns, -1).flatten(1, 2).unflatten(2, x.shape[2:])
+        return normed * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+
+
 class SlowAttention:
     def __init__(self, name, base, scene, settings, log):
         self.name, self.base, self.scene, self.settings, self.log = name, base, scene, settings, log
@@ -83,7 +111,7 @@ class SlowAttention:
             key, value = (self.heads(layer(hidden_states), attn) for layer in (attn.to_k, attn.to_v))
             scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
             if self.settings.self_mask:
-                scores = scores + self.penalties(flat)
+                scores = scores + penalties(flat, self.settings.overlaps)
             probabilities = scores.softmax(-1)
             self.log.setdefault(self.name, probabilities[-1:].mean(1))
             return self.project(probabilities @ value, attn.to_out[0].weight, attn.to_out[0].bias)
@@ -108,16 +136,6 @@ class SlowAttention:
         key, value = (self.heads(states @ weight.T, attn) for weight in (to_k, to_v))
         probabilities = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
         return self.project(probabilities @ value, to_out, attn.to_out[0].bias), probabilities
-
-    def penalties(self, flat):
-        owners = [set(column.nonzero().flatten().tolist()) for column in flat.T]
-
-        def penalty(of_query, of_key):
-            if self.settings.overlaps == "official":
-                return -1e6 * sum(one != other for one in of_query for other in of_key)
-            return -1e6 if of_query and of_key and not of_query & of_key else 0.0
-
-        return torch.tensor([[penalty(query, key) for key in owners] for query in owners], dtype=torch.float64)
 
     @staticmethod
     def heads(x, attn):
@@ -200,6 +218,9 @@ def slow_compose(base, scheduler, scene, start, steps, guidance_scale, settings)
         for name, module in unet.named_modules():
             if hasattr(module, "weight") and module.weight is not None:
                 module.weight.copy_(changed(module.weight, scene.background, name))
+    for name, module in list(unet.named_modules()):
+        if settings.norm_mask and isinstance(module, torch.nn.GroupNorm):
+            unet.set_submodule(name, SlowNorm(module, [region.box for region in scene.regions], settings))
 
     def run(latents, timestep, rows):
         log = {}
@@ -262,6 +283,13 @@ CASES = {
     "background": (2, {}, {"background": True}, DPMSolverMultistepScheduler),
     "without injection": (2, {"injection": False}, {}, DPMSolverMultistepScheduler),
     "without mask and fill": (2, {"self_mask": False, "fill": False}, {}, DPMSolverMultistepScheduler),
+    "normalisation mask": (2, {"norm_mask": True}, {}, DPMSolverMultistepScheduler),
+    "normalisation mask, the original's overlaps": (
+        3,
+        {"norm_mask": True, "overlaps": "official"},
+        {},
+        HeunDiscreteScheduler,
+    ),
     "without enhancement and layout": (2, {"enhancement": False, "reinitialisation": False}, {}, HeunDiscreteScheduler),
     "short steps": (2, {"constants": replace(CONSTANTS["paper"], largest_step=0.02)}, {}, DPMSolverMultistepScheduler),
     "stops early": (2, {"constants": Constants(patience=1, last=2)}, {}, HeunDiscreteScheduler),
