@@ -1,17 +1,11 @@
 """What several test modules share."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from local_hub import Hub, HubHandler, HubServer
-
-# set before torch is imported, and inherited by what tests start: processes of the suite share the cores, and threads
-# that wait for those of another process make everything slower
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
