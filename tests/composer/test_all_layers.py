@@ -222,7 +222,7 @@ def test_the_unet_is_left_as_it_was_after_an_error():
     weights = copy.deepcopy(unet.state_dict())
     what = everywhere(unet, 2, [(lora(unet, 9, RESIDUAL), 0.5)])
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        composed(unet, what, scheduler=_Broken)
+        composed(unet, what, settings=replace(ALL, norm_mask=True), scheduler=_Broken)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
     assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in unet.parameters())

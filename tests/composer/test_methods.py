@@ -77,7 +77,9 @@ def noise(pipeline):
 
 
 def composed(method, scene, pipeline, noise):
-    found = plan(method, scene, pipeline, Settings(map_factor=2))
+    # what the methods to compare with do not have
+    settings = Settings(map_factor=2, negative_loras=False, norm_mask=True)
+    found = plan(method, scene, pipeline, settings)
     return found.compose(pipeline.unet, pipeline.scheduler, noise, STEPS, SCALE)
 
 
