@@ -5,6 +5,7 @@ masks by a dense matrix filled in loops, and runs the whole UNet for its gradien
 """
 
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -70,8 +71,12 @@ def slow_masks(boxes, size, policy):
 
 
 def penalties(flat, overlaps):
-    owners = [set(column.nonzero().flatten().tolist()) for column in flat.T]
+    owners = (frozenset(index for index, inside in enumerate(column) if inside) for column in flat.T.tolist())
+    return penalties_of(tuple(owners), overlaps)
 
+
+@functools.cache
+def penalties_of(owners, overlaps):
     def penalty(of_query, of_key):
         if overlaps == "official":
             return -1e6 * sum(one != other for one in of_query for other in of_key)
@@ -88,12 +93,13 @@ class SlowNorm(torch.nn.Module):
     def forward(self, x):
         grouped = x.flatten(2).unflatten(1, (self.norm.num_groups, -1))
         flat = slow_masks(self.boxes, x.shape[2:], self.settings.cells).flatten(1)
-        columns = []
-        for position, row in enumerate(penalties(flat, self.settings.overlaps)):
+        table, normed = penalties(flat, self.settings.overlaps), torch.zeros_like(grouped)
+        for row in table.unique(dim=0):
             seen = grouped[..., row == row.max()]
-            mean, variance = seen.mean((2, 3)), seen.var((2, 3), correction=0)
-            columns.append((grouped[..., position] - mean[..., None]) / (variance[..., None] + self.norm.eps).sqrt())
-        normed = torch.stack(columns, -1).flatten(1, 2).unflatten(2, x.shape[2:])
+            mean, variance = seen.mean((2, 3), keepdim=True), seen.var((2, 3), correction=0, keepdim=True)
+            here = (table == row).all(1)
+            normed = torch.where(here, (grouped - mean) / (variance + self.norm.eps).sqrt(), normed)
+        normed = normed.flatten(1, 2).unflatten(2, x.shape[2:])
         return normed * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
 
 
