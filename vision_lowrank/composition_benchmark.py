@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vision_lowrank.composer.methods import plan
@@ -148,7 +149,7 @@ def run_composition(config: DictConfig) -> Path:
     jobs = _jobs(folder, drawn, world, options, pipeline)
     run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices, precision)
     if process_rank() == 0:
-        outcomes = {name: _judge(classifier, drawn, group) for name, group in jobs.items()}
+        outcomes = {name: _judge(classifier, drawn, group, name) for name, group in jobs.items()}
         _report(folder, drawn, jobs, outcomes, options, concepts)
     return folder
 
@@ -176,14 +177,16 @@ def _jobs(
     return jobs
 
 
-def _judge(classifier: SpriteClassifier, drawn: Sequence[Drawn], jobs: Sequence[Job]) -> list[list[Outcome]]:
+def _judge(
+    classifier: SpriteClassifier, drawn: Sequence[Drawn], jobs: Sequence[Job], name: str
+) -> list[list[Outcome]]:
     """Returns, for each scene, what each of its images shows."""
     return [
         [
             judge(scene.asked, [(item.name, item.box) for item in classifier.locate(to_tensor(_read(path)))])
             for path in job.images
         ]
-        for scene, job in zip(drawn, jobs, strict=True)
+        for scene, job in track(list(zip(drawn, jobs, strict=True)), f"judging {name}")
     ]
 
 

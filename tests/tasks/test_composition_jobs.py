@@ -1,7 +1,9 @@
 """Many scenes at once: the same images as one by one, and nothing done twice."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from vision_lowrank import compose
 from vision_lowrank.composer.pipeline import build_pipeline
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.memory import PeakMemory
+from vision_lowrank.tasks import composition
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,25 @@ def test_an_interrupted_run_makes_what_is_missing(folder, run):
         run(scenes, f"resume={whole}", "seeds=[3,5]")
     with pytest.raises(ConfigError, match="that run differs in method"):
         run(scenes, f"resume={whole}", "method=merge")
+
+
+def test_a_signal_to_end_stops_between_scenes(folder, run, monkeypatch):
+    decode = composition.decode
+
+    def end(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return decode(*arguments)
+
+    scenes = f"scene=[{folder / 'one.yaml'},{folder / 'two.yaml'}]"
+    whole = run(scenes)
+    for name in ("one", "two"):
+        (whole / f"{name}.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(composition, "decode", end)
+        run(scenes, f"resume={whole}")
+    assert stopped.value.code == 143  # what a shell gives for a process that the signal ended
+    assert (whole / "one.json").is_file()
+    assert not (whole / "two.json").is_file()
 
 
 def test_what_cannot_go_together_is_refused(folder, run, tmp_path):

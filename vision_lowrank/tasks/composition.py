@@ -1,6 +1,7 @@
 """Composition of many scenes by prediction of Lightning: spread over devices, and resumed where it was stopped."""
 
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class Composition(L.LightningModule):
 
     def predict_step(self, number: int, batch_index: int) -> int:
         """Composes one job and returns its number; the record comes last, so that what is cut short is done again."""
+        if self.trainer.received_sigterm:
+            # Lightning notes the signal, and looks at it in training only
+            raise SystemExit(128 + signal.SIGTERM)
         job, pipeline = self.jobs[number], self.pipeline
         noise = draw_noise(pipeline, job.height, job.width, job.seeds)
         started = time.perf_counter()
