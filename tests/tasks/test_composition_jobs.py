@@ -95,8 +95,8 @@ def test_a_signal_to_end_stops_between_scenes(folder, run, monkeypatch):
     whole = run(scenes)
     for name in ("one", "two"):
         (whole / f"{name}.json").unlink()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(composition, "decode", end)
+    monkeypatch.setattr(composition, "decode", end)
+    with pytest.raises(SystemExit) as stopped:
         run(scenes, f"resume={whole}")
     assert stopped.value.code == 143  # what a shell gives for a process that the signal ended
     assert (whole / "one.json").is_file()
