@@ -177,9 +177,7 @@ def _jobs(
     return jobs
 
 
-def _judge(
-    classifier: SpriteClassifier, drawn: Sequence[Drawn], jobs: Sequence[Job], name: str
-) -> list[list[Outcome]]:
+def _judge(classifier: SpriteClassifier, drawn: Sequence[Drawn], jobs: Sequence[Job], name: str) -> list[list[Outcome]]:
     """Returns, for each scene, what each of its images shows."""
     return [
         [
