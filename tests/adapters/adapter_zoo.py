@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from vision_lowrank.adapters import inject
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 8), (3, 6)),
@@ -44,6 +47,39 @@ VOLUME = torch.randn(2, 1, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 def make_toy() -> Toy:
     torch.manual_seed(0)
     return Toy().eval()
+
+
+# a batch for the ViT
+IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+def make_vit(seed: int = 0) -> VisionTransformer:
+    torch.manual_seed(seed)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
+    nn.init.normal_(model.head.weight, std=0.2)
+    return model
+
+
+def adapted_layer(kind: str, method: object) -> tuple[nn.Module, Tensor]:
+    """Returns a model of one adapted layer, in double precision, and an input."""
+    make, shape = LAYERS[kind]
+    torch.manual_seed(3)
+    model = nn.Sequential(make()).double().eval()
+    inject(model, "0", method)
+    return model, torch.randn(shape, dtype=torch.float64)
+
+
+def train_steps(model: nn.Module, x: Tensor, labels: list[int], learning_rate: float, steps: int) -> list[float]:
+    """Trains what can be trained on one batch; returns the loss before each step."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(x), torch.tensor(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def perturb(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from adapter_zoo import LAYERS, VOLUME, make_toy, perturb
+from adapter_zoo import LAYERS, VOLUME, make_toy, perturb, train_steps
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -164,14 +164,7 @@ def test_only_adapters_get_gradients_and_training_reduces_the_loss(toy):
     toy.train()
     adapters.freeze_statistics(toy)
     before = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in toy.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(15):
-        loss = nn.functional.cross_entropy(toy(VOLUME), torch.tensor([0, 2]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(toy, VOLUME, [0, 2], 0.1, 15)
     assert losses[-1] < 0.5 * losses[0]
     changed = {name for name, tensor in toy.state_dict().items() if not torch.equal(tensor, before[name])}
     factors = {f"{p}.adapters.default.lora_{f}.weight" for p in ("mlp.0", "mlp.2", "stem") for f in "AB"}

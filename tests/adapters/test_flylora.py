@@ -6,8 +6,7 @@ import math
 import peft
 import pytest
 import torch
-from adapter_zoo import LAYERS, perturb
-from timm.models import VisionTransformer
+from adapter_zoo import IMAGES, adapted_layer, perturb, train_steps
 from torch import nn
 
 from vision_lowrank import adapters
@@ -15,21 +14,6 @@ from vision_lowrank.adapters import FlyLoRA, export_lora, inject
 from vision_lowrank.errors import AdapterError
 
 KINDS = ["linear", "linear tokens, no bias", "conv1d", "conv2d", "conv2d dilated, reflected", "conv3d"]
-IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def vit():
-    torch.manual_seed(0)
-    return VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
-
-
-def adapted_layer(kind, method):
-    make, shape = LAYERS[kind]
-    torch.manual_seed(3)
-    model = nn.Sequential(make()).double().eval()
-    inject(model, "0", method)
-    return model, torch.randn(shape, dtype=torch.float64)
 
 
 def projections(layer, x):
@@ -228,14 +212,7 @@ def test_count_training_and_state(vit):
     assert count.adapter == 6 * (2 * 64 + 16)
     assert count.trainable == count.adapter + count.head
     vit.train()
-    optimizer = torch.optim.Adam([p for p in vit.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(15):
-        loss = nn.functional.cross_entropy(vit(IMAGES), torch.tensor([0, 2, 1]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(vit, IMAGES, [0, 2, 1], 0.05, 15)
     assert losses[-1] < 0.5 * losses[0]
     inject(plain, ["fc1", "patch_embed.proj"], method, train="head")
     plain.load_state_dict(vit.state_dict())

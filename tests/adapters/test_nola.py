@@ -5,9 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from adapter_zoo import LAYERS, perturb
+from adapter_zoo import IMAGES, adapted_layer, make_vit, perturb, train_steps
 from safetensors.torch import load_file
-from timm.models import VisionTransformer
 from torch import nn
 
 from vision_lowrank import adapters
@@ -15,27 +14,6 @@ from vision_lowrank.adapters import NOLA, export_lora, inject, load_adapter, sav
 from vision_lowrank.errors import AdapterError
 
 KINDS = ["linear tokens, no bias", "conv2d", "conv2d groups", "conv3d"]
-IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-
-
-def make_vit(seed=0):
-    torch.manual_seed(seed)
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
-    nn.init.normal_(model.head.weight, std=0.2)
-    return model
-
-
-@pytest.fixture
-def vit():
-    return make_vit()
-
-
-def adapted_layer(kind, method):
-    make, shape = LAYERS[kind]
-    torch.manual_seed(3)
-    model = nn.Sequential(make()).double().eval()
-    inject(model, "0", method)
-    return model, torch.randn(shape, dtype=torch.float64)
 
 
 def summed(adapter):
@@ -205,14 +183,7 @@ def test_exported_as_lora(vit, tmp_path):
 def test_training_in_the_subspace_reduces_the_loss(vit):
     inject(vit, ["fc1", "fc2"], NOLA(2, 2, terms=16), train="head")
     vit.train()
-    optimizer = torch.optim.Adam([p for p in vit.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(30):
-        loss = nn.functional.cross_entropy(vit(IMAGES), torch.tensor([0, 2, 1]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(vit, IMAGES, [0, 2, 1], 0.01, 30)
     assert losses[-1] < 0.5 * losses[0]
     assert vit.blocks[0].mlp.fc1.adapters["default"].nola_alpha.count_nonzero() == 16
 

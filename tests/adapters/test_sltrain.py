@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_zoo import VOLUME, make_toy
+from adapter_zoo import VOLUME, make_toy, train_steps
 from torch import nn
 
 from vision_lowrank.adapters.low_rank_linear import to_dense
@@ -81,14 +81,7 @@ def test_a_model_trains_comes_back_and_becomes_dense():
     toy = make_toy()
     assert to_sltrain(toy, ["mlp.0", "mlp.2"], rank=2, alpha=4, density=0.2) == ["mlp.0", "mlp.2"]
     assert not torch.equal(toy.mlp[0].support, toy.mlp[2].support)
-    optimizer = torch.optim.AdamW(toy.parameters(), lr=0.03)
-    losses = []
-    for _ in range(12):
-        loss = F.cross_entropy(toy(VOLUME), torch.tensor([0, 2]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(toy, VOLUME, [0, 2], 0.03, 12)
     assert losses[-1] < 0.5 * losses[0]
     twin = make_toy()
     # other places, which the state replaces

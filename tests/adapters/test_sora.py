@@ -5,8 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from adapter_zoo import LAYERS, perturb
-from timm.models import VisionTransformer
+from adapter_zoo import IMAGES, adapted_layer, perturb
 from torch import nn
 
 from vision_lowrank import adapters
@@ -15,23 +14,6 @@ from vision_lowrank.adapters.sora import active_ranks, proximal_step, prune
 from vision_lowrank.errors import AdapterError
 
 KINDS = ["linear tokens, no bias", "conv2d", "conv2d groups", "conv3d"]
-IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def vit():
-    torch.manual_seed(0)
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
-    nn.init.normal_(model.head.weight, std=0.2)
-    return model
-
-
-def adapted_layer(kind, method):
-    make, shape = LAYERS[kind]
-    torch.manual_seed(3)
-    model = nn.Sequential(make()).double().eval()
-    inject(model, "0", method)
-    return model, torch.randn(shape, dtype=torch.float64)
 
 
 def set_gate(layer, values):

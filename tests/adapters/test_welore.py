@@ -5,8 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from adapter_zoo import LAYERS, VOLUME, make_toy
+from adapter_zoo import LAYERS, VOLUME, make_toy, train_steps
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -132,14 +131,7 @@ def test_timm_models_work_and_only_the_factors_are_tuned(kind):
     assert any("qkv" in path for path in result.ranks)
     freeze_except(model, list(result.ranks))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_steps(model, x, labels.tolist(), 1e-2, 6)
     assert losses[-1] < losses[0]
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     factors = {f"{path}.{name}" for path in result.ranks for name in ("down", "up")}
