@@ -119,7 +119,8 @@ class Witness:
         ]
 
 
-def test_the_table_says_what_the_pictures_show(configure, monkeypatch, world):
+def test_the_table_says_what_the_pictures_show(configure, monkeypatch, world, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     witness = Witness()
     scenes = {scene.name: scene for scene in draw_scenes({2: 8}, SIZES, 2, CONCEPTS, seed=0)}
 
@@ -158,6 +159,8 @@ def test_the_table_says_what_the_pictures_show(configure, monkeypatch, world):
     assert gap["success"] == 1
     lines = (folder / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(SHOWN)
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["merge", "0"] for line in printed)
     assert len((folder / "judged.csv").read_text().splitlines()) == 1 + 4 * 24
     assert np.asarray(Image.open(folder / "sheet.png")).std() > 10
     scene = yaml.safe_load((folder / "scenes" / "2concepts000.yaml").read_text())

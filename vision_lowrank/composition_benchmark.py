@@ -318,6 +318,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 HEADER = ["method", "concepts", *(f"{title} %" for title in list(SHARES.values())[:3]), "box IoU", "s / image", "MB"]
+# what a terminal has room for
+PRINTED = [title for title in HEADER if title not in ("concepts", "MB")]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -327,9 +329,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the table by number of concepts, such that a terminal of 80 columns holds it."""
     table = Table(title="mean [95 % interval over scenes]", box=SIMPLE, padding=0, pad_edge=False)
-    for index, title in enumerate(HEADER):
+    for index, title in enumerate(PRINTED):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    # else the numbers, which are not broken, leave it nothing
+    table.columns[0].min_width = 16
+    count = None
     for row in rows:
-        table.add_row(*_cells(row))
+        if row["concepts"] != count:
+            count = row["concepts"]
+            table.add_section()
+            table.add_row(f"{count} concepts", style="bold")
+        cells = dict(zip(HEADER, _cells(row), strict=True))
+        table.add_row(*(cells[title].split(" [")[0] if title == "box IoU" else cells[title] for title in PRINTED))
     Console().print(table)

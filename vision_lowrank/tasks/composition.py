@@ -115,6 +115,8 @@ def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, 
         precision: Lightning's; "32-true" leaves each weight the type that it has.
     """
     task = Composition(pipeline, jobs)
+    if not task.jobs:
+        return
     bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
     accelerator = "gpu" if device.startswith("cuda") else device
     trainer = L.Trainer(
