@@ -9,6 +9,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.instantiate import instantiate
@@ -79,6 +80,7 @@ def test_run_learns_and_leaves_everything_behind(configure, capsys):
         "metrics.json", "table.md", "checkpoints",
     }  # fmt: skip
     hashes = json.loads((folder / "provenance.json").read_text())["data"]
+    assert json.loads((folder / "encoder" / "provenance.json").read_text())["data"] == hashes
     assert {Path(name).name for name in hashes} == {"image.npy", "labels.npy"}
     errors = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]
     assert errors["channels"]["Hyper-MAE"] < 0.8 * errors["channels"]["mean"]
@@ -149,3 +151,10 @@ def test_wrong_options_end_before_work(configure, tmp_path):
     broken.write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="damaged"):
         train(configure(f"ckpt_path={broken}"))
+
+
+def test_the_shipped_encoder_says_what_it_saw(repository):
+    record = repository / "vision_lowrank/assets/hyper_mae_indian_pines/provenance.json"
+    files = load_card("indian_pines").files
+    seen = {entry.path: entry.sha256 for entry in (*files.image, *files.labels)}
+    assert json.loads(record.read_text())["data"] == seen

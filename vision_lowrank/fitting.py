@@ -242,12 +242,14 @@ def _check_base(data: SceneDataModule, folder: Path) -> None:
 
 
 def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
-    """Tells whether a base was trained without labels on the files of this scene, as far as its run folder tells."""
+    """Tells whether a base was trained without labels on the files of this scene, as far as its folder or run tells."""
     run = folder.parent
     if (run / "split.npz").exists():
         return (run / "pretraining.csv").exists()
+    own = folder / "provenance.json"
     try:
-        seen = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["data"].values()
+        record = own if own.exists() else run / "provenance.json"
+        seen = json.loads(record.read_text(encoding="utf-8"))["data"].values()
     except (OSError, ValueError, KeyError):
         return False
     return not set(seen).isdisjoint(data.scene.hashes.values())

@@ -1,6 +1,7 @@
 """One run of Hyper-MAE on tiles: training, errors on held-out tiles beside fillings that learn nothing, pictures."""
 
 import logging
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,8 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     kept.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
     with atomic_folder(folder / "encoder") as temporary:
         kept.model.encoder.save_pretrained(temporary)
+        # weights that leave the run still tell what they have seen
+        shutil.copy(folder / "provenance.json", temporary)
     write_csv(folder / "history.csv", task.history)
     _save_curves(folder / "curves.png", task.history)
     errors = evaluate_reconstruction(kept.eval(), data, precision, folder)
