@@ -1,6 +1,8 @@
 # make demo: set up and train LoLA-SpecViT on Indian Pines. make test: set up and run the tests.
 PYTHON ?= python3
 RUN := .venv/bin/python
+# as many processes as there are cores, at most four, each with one thread: most tests are too small for more
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow coverage lint benchmark
 
@@ -8,14 +10,14 @@ demo: .venv/installed
 	$(RUN) train.py experiment=indian_pines
 
 test: .venv/installed-dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(SPREAD)
 
 test-slow: .venv/installed-dev
 	$(RUN) -m pytest -m slow
 
 # the share of branches that the tests take; fails below the floor in pyproject.toml
 coverage: .venv/installed-dev
-	$(RUN) -m pytest --cov
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(SPREAD) --cov
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
