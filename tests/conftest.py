@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from local_hub import Hub, HubHandler, HubServer
 
-from vision_lowrank.plots import figures
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
@@ -30,15 +28,6 @@ def shared_path() -> Callable[..., Path]:
         return path
 
     return find
-
-
-@pytest.fixture(scope="session", autouse=True)
-def coarse_pictures() -> Iterator[int]:
-    """Draws the pictures of whole runs, most of which no test opens, at a quarter of their resolution; returns that."""
-    resolution = figures.DPI
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "DPI", resolution // 4)
-        yield resolution
 
 
 @pytest.fixture

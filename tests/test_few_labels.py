@@ -273,7 +273,7 @@ def test_parts_add_to_one_table(root, card):
     assert float(row["oa"]) == pytest.approx(np.mean(tests))
     assert float(row["oa std"]) == pytest.approx(np.std(tests, ddof=1))
     with Image.open(root / "curve.png") as picture:
-        assert min(picture.size) > 150
+        assert min(picture.size) > 600
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def run_folder(config):
 
 
 def test_run_learns_and_leaves_everything_behind(configure, capsys):
-    config = configure("trainer.max_epochs=20", "task.learning_rate=0.004", "task.channel_sampling=null")
+    config = configure("trainer.max_epochs=60", "task.learning_rate=0.002", "task.channel_sampling=null")
     assert train(config) == []
     folder = run_folder(config)
     names = {path.name for path in folder.iterdir()}

@@ -92,7 +92,7 @@ def test_all_protocols_are_measured_and_a_run_resumes(configure, card, capsys):
         assert (row.weights == "random") == (row.encoder == less)
         assert (row.trainable_parameters == 0) == row.protocol.startswith("knn")
     assert len((folder / "table.md").read_text().splitlines()) == len(rows) + 2
-    assert (folder / "cost.png").stat().st_size > 1000
+    assert (folder / "cost.png").stat().st_size > 10_000
 
     # the row of neighbours on statistics of bands, with nothing of ours but the tiles
     data = scene_task(str(card), str(card.parent), "classification", side=4, seed=0)

@@ -310,8 +310,9 @@ def weights(folder):
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
 
-def test_resumed_adaptation_ends_where_the_uninterrupted_one_does(configure, monkeypatch):
-    options = ["regime=adapt", "pretraining.epochs=1", "trainer.max_epochs=4", "adapter.cycles.first_cycle=1"]
+@pytest.mark.parametrize("regime", ["full", "adapt"])
+def test_resumed_training_ends_where_the_uninterrupted_one_does(configure, regime, monkeypatch):
+    options = [f"regime={regime}", "pretraining.epochs=1", "trainer.max_epochs=4", "adapter.cycles.first_cycle=1"]
     whole = configure(*options)
     train(whole)
     whole_folder = run_folder(whole)

@@ -10,12 +10,6 @@ from matplotlib.image import imread
 from vision_lowrank.plots import figures
 
 
-@pytest.fixture(autouse=True)
-def sharp_pictures(coarse_pictures, monkeypatch):
-    """Draws pictures as users get them."""
-    monkeypatch.setattr(figures, "DPI", coarse_pictures)
-
-
 @pytest.fixture
 def pixels_of():
     """Function that returns the (pixels, 2) rows and columns where a picture file has a colour."""
