@@ -48,8 +48,8 @@ of more than about {limits[0]:.0f} GFLOP forward, or {limits[1]:.0f} with backwa
 milliseconds of {clock}.
 
 The MLP is the same in ours and in (c). Were the attention of ours free, the block would still be no more than
-1.5 + T / 4D times as fast as (c), counted in multiplications, with T tokens: for C = 64, 9.7 times at D = 384 and 5.6 at
-D = 768."""
+1.5 + T / 4D times as fast as (c), counted in multiplications, with T tokens: for C = 64, 9.7 times at D = 384 and 5.6
+at D = 768."""
 
 HEAD_WIDTH, CHANNEL_SHARE, MLP_RATIO = 64, 4, 4
 RANKS = (1, 4)
