@@ -1,7 +1,9 @@
 """Trained models as functions of a window of a scene, whose results do not depend on how the scene is cut."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -88,21 +90,29 @@ class PixelPredictor:
         self.device = device
         self.dense = DenseLola(model).eval().to(device)
 
-    @torch.inference_mode()
     def __call__(self, image: Tensor, top: int, left: int, advance: Advance) -> np.ndarray:
         """See `Predictor`."""
         height, width = (side - 2 * self.margin for side in image.shape[1:])
         found = torch.empty(self.outputs, height, width)
         reach = TILE + 2 * self.margin
-        for row in range(0, height, TILE):
-            for column in range(0, width, TILE):
-                tile = image[:, row : row + reach, column : column + reach].to(self.device)
-                with _autocast(self.device, self.precision):
-                    values = self.dense(tile).float()
-                values = values if self.embeddings else values.softmax(-1)
-                found[:, row : row + TILE, column : column + TILE] = values.permute(2, 0, 1).cpu()
-                advance(values.shape[0] * values.shape[1])
+        corners = [(row, column) for row in range(0, height, TILE) for column in range(0, width, TILE)]
+
+        def apply(corner: tuple[int, int]) -> Tensor:
+            row, column = corner
+            return self._apply(image[:, row : row + reach, column : column + reach])
+
+        with _each_alone(self.device) as pool:
+            for (row, column), values in zip(corners, pool.map(apply, corners), strict=True):
+                found[:, row : row + TILE, column : column + TILE] = values
+                advance(values.shape[1] * values.shape[2])
         return found.numpy()
+
+    @torch.inference_mode()
+    def _apply(self, tile: Tensor) -> Tensor:
+        """Returns float32 (outputs, height, width) of a tile with its margin."""
+        with _autocast(self.device, self.precision):
+            values = self.dense(tile.to(self.device)).float()
+        return (values if self.embeddings else values.softmax(-1)).permute(2, 0, 1).cpu()
 
 
 class WindowPredictor:
@@ -199,6 +209,23 @@ class _LastMap(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps maps (B, D, h, w) to the last of them."""
         return maps[-1]
+
+
+@contextmanager
+def _each_alone(device: str) -> Iterator[ThreadPoolExecutor]:
+    """Gives threads that compute side by side, each alone; one where the device is no processor.
+
+    A model of many small operations gains more by this than by sharing out each of them.
+    """
+    threads = torch.get_num_threads()
+    workers = threads if torch.device(device).type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # the number holds for threads to come, too
+        torch.set_num_threads(threads)
 
 
 def _autocast(device: str, precision: str) -> torch.autocast:

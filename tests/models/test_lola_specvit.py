@@ -1,5 +1,6 @@
 """LoLA-SpecViT and its layers against slow references that spell the definitions out."""
 
+import copy
 import math
 
 import numpy as np
@@ -103,6 +104,20 @@ def test_window_attention_with_padding_and_clipping(size, window):
     (wanted,) = torch.autograd.grad((expected * probe).sum(), x)
     (found,) = torch.autograd.grad((actual * probe).sum(), x)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "window"), [(7, 7), (6, 3), (5, 3), (1, 7)])
+def test_window_attention_in_bfloat16_without_gradients(size, window):
+    torch.manual_seed(0)
+    module = WindowAttention(32, 2, window, size).bfloat16().eval()
+    nn.init.normal_(module.relative_bias)
+    module.qkv.weight.data.mul_(2)
+    x = torch.randn(2, size, size, 32).bfloat16()
+    expected = slow_window_attention(copy.deepcopy(module).double(), x.double())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x).double(), expected, atol=0.02, rtol=0)
+    spread = (expected - expected.mean((1, 2), keepdim=True)).abs().max()
+    assert size == 1 or spread > 0.2, "values that hardly differ prove nothing"
 
 
 def test_heads_must_divide_the_width():
