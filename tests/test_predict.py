@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,11 +185,22 @@ def by_hand(run, scene, size):
     return torch.from_numpy(np.stack(patches).transpose(0, 3, 1, 2))
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("small_windows")
-def test_probabilities_are_those_of_patches_by_themselves(pixel_run, scene, tmp_path):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_probabilities_are_those_of_patches_by_themselves(pixel_run, scene, tmp_path, threads, set_threads):
     source = write_raster(scene, tmp_path / "scene.tif")
     places = [tmp_path / "new" / "map.tif", tmp_path / "probabilities.tif"]
+    set_threads(threads)
     assert predict(pixel_run, source, places[0], f"probabilities={places[1]}") == places
+    with ThreadPoolExecutor(1) as later:
+        assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == threads
     with rasterio.open(places[1]) as file, rasterio.open(places[0]) as classes:
         found, chosen = file.read(), classes.read(1)
         assert file.descriptions == ("class 0", "class 1", "class 2")
