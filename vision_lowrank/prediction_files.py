@@ -28,7 +28,7 @@ from vision_lowrank.data.readers import Georeference
 from vision_lowrank.data.streams import Window
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.plots.rasters import NODATA
-from vision_lowrank.runs import atomic_path, write_json
+from vision_lowrank.runs import atomic_path, remove_leftovers_of, write_json
 
 # of GDAL while it writes, in megabytes
 BLOCK_CACHE = 64
@@ -124,6 +124,8 @@ def write_geotiff(
         bands: description of each band.
         classes: colour ("#rrggbb") by name, for a map of classes; kept as colour table and as tags `class_0`, ...
     """
+    # a killed command left its own
+    remove_leftovers_of(path)
     floating = classes is None
     tile = grid.side // grid.scale
     profile = {

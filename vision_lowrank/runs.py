@@ -100,6 +100,14 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_leftovers_of(path: Path) -> None:
+    """Removes the temporary files that killed writers of one file left beside it."""
+    name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.part{re.escape(path.suffix)}")
+    for found in path.parent.glob(".*.part*"):
+        if name.fullmatch(found.name):
+            found.unlink(missing_ok=True)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
 

@@ -18,11 +18,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Forks:
-    """Client. A job is {"kind": train, evaluate or compose, "overrides": of Hydra} and perhaps:
+    """Client. A job is {"kind": train, evaluate, compose or predict, "overrides": of Hydra} and perhaps:
 
     - "within": write `last.ckpt` after every step, not at the ends of epochs only.
     - "kill_after": seconds until `kill -9`.
     - "base": with compose, the folder of the pipeline.
+    - "window_side": with predict, pixels along a side of the windows, a multiple of 16.
     - "file_limit": bytes that no file can grow beyond.
     """
 
@@ -51,10 +52,11 @@ def serve():
     import torch
     from hydra import compose, initialize_config_dir
 
-    from vision_lowrank import checkpoints, evaluate
+    from vision_lowrank import checkpoints, evaluate, predict
     from vision_lowrank import compose as composition
     from vision_lowrank.composer.render import load_base
     from vision_lowrank.console import run_as_command
+    from vision_lowrank.data import streams
     from vision_lowrank.training import train
 
     torch.set_num_threads(1)
@@ -62,6 +64,7 @@ def serve():
         "train": train,
         "evaluate": lambda config: evaluate.BENCHMARKS[config.benchmark.kind](config),
         "compose": composition.run,
+        "predict": predict.predict,
     }
 
     def work(job):
@@ -71,7 +74,10 @@ def serve():
             checkpoints.SAVE_EVERY = timedelta(0)
         if "file_limit" in job:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-        with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        if "window_side" in job:
+            predict.SIDE, streams.WINDOW_BYTES = job["window_side"], 1
+        folder = REPOSITORY / "configs" / ("predict" if job["kind"] == "predict" else "")
+        with initialize_config_dir(str(folder), version_base="1.3"):
             config = compose(job["kind"], job["overrides"])
         run_as_command(lambda: commands[job["kind"]](config))
 

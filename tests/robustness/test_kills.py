@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -211,3 +212,39 @@ def test_killed_composition_ends_with_the_same_images(forks, tmp_path, trials):
         assert {name: (folder / name).read_bytes() == (whole / name).read_bytes() for name in names} == dict.fromkeys(
             names, True
         )
+
+
+@pytest.mark.parametrize("trials", TRIALS)
+def test_killed_prediction_ends_with_the_same_map(forks, tmp_path, card, scene, trials):
+    trained = forks.run(kind="train", overrides=[*scene, "trainer.max_epochs=1", f"runs_root={tmp_path / 'run'}"])
+    assert trained["status"] == 0, trained["output"]
+    content = yaml.safe_load(card.read_text())
+    content["shape"] |= {name: 2 * content["shape"][name] for name in ("height", "width")}
+    del content["files"]["labels"]
+    np.save(tmp_path / "image.npy", np.tile(np.load(card.parent / "image.npy"), (2, 2, 1)))
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(content))
+    options = [f"weights={newest(tmp_path / 'run')}", f"scene={tmp_path / 'large.yaml'}", f"root={tmp_path}"]
+
+    def run(folder, **more):
+        return forks.run(kind="predict", window_side=16, overrides=[*options, f"out={folder / 'map.tif'}"], **more)
+
+    undisturbed = run(tmp_path / "whole")
+    assert undisturbed["status"] == 0, undisturbed["output"]
+    expected = (tmp_path / "whole" / "map.tif").read_bytes()
+    draw, kills, resumed, out = random.Random(trials), 0, 0, tmp_path / "killed" / "map.tif"
+    while kills < trials:
+        found = run(out.parent, kill_after=draw.uniform(0, undisturbed["seconds"]))
+        resumed += "windows are finished already" in found["output"]
+        assert found["status"] in (0, -9), found["output"]
+        kills += found["status"] == -9
+        if out.exists():
+            assert out.read_bytes() == expected
+            out.unlink()
+        else:
+            assert found["status"] == -9
+    other = out.with_name(".map.v2.0123abcd.part.tif")
+    other.touch()
+    assert run(out.parent)["status"] == 0
+    assert out.read_bytes() == expected
+    assert set(out.parent.iterdir()) == {out, other}
+    assert trials < 50 or resumed > 5

@@ -53,7 +53,7 @@ def save_label_curves(path: Path, panels: Sequence[Sequence[tuple[str, Mapping[s
             for panel in line[len(row) :]:
                 panel.remove()
             line[0].set_ylabel("OA of test pixels, percent")
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(methods), 5))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(methods), 3))
 
 
 def _draw(panel: Axes, curve: Curve, index: int, count: int) -> Line2D:
