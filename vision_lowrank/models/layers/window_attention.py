@@ -77,7 +77,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     batch, heads, count, width = q.shape
     q, k, v = (x.reshape(batch * heads, count, width) for x in (q, k, v))
     products = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (batch, heads))
-    weights = torch.add(bias, products.float(), alpha=width**-0.5).softmax(-1).to(v.dtype)
+    # the sum takes its strides from the bias
+    weights = torch.add(bias.contiguous(), products.float(), alpha=width**-0.5).softmax(-1).to(v.dtype)
     return torch.bmm(weights.flatten(0, 1), v).unflatten(0, (batch, heads))
 
 
