@@ -28,7 +28,7 @@ from vision_lowrank.errors import ConfigError
 # rank 0 of a distributed run tells the processes that it starts where to write
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.\w+)?")
+_LEFTOVER = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.part(?P<suffix>\.\w+)?")
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
 
@@ -102,9 +102,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_leftovers_of(path: Path) -> None:
     """Removes the temporary files that killed writers of one file left beside it."""
-    name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}\.part{re.escape(path.suffix)}")
     for found in path.parent.glob(".*.part*"):
-        if name.fullmatch(found.name):
+        match = _LEFTOVER.fullmatch(found.name)
+        if match and (match["stem"], match["suffix"] or "") == (path.stem, path.suffix):
             found.unlink(missing_ok=True)
 
 

@@ -106,16 +106,17 @@ def test_window_attention_with_padding_and_clipping(size, window):
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(("size", "window"), [(7, 7), (6, 3), (5, 3), (1, 7)])
-def test_window_attention_in_bfloat16_without_gradients(size, window):
+def test_window_attention_without_gradients(size, window, dtype, tolerance):
     torch.manual_seed(0)
-    module = WindowAttention(32, 2, window, size).bfloat16().eval()
+    module = WindowAttention(32, 2, window, size).to(dtype).eval()
     nn.init.normal_(module.relative_bias)
     module.qkv.weight.data.mul_(2)
-    x = torch.randn(2, size, size, 32).bfloat16()
+    x = torch.randn(2, size, size, 32, dtype=dtype)
     expected = slow_window_attention(copy.deepcopy(module).double(), x.double())
     with torch.no_grad():
-        torch.testing.assert_close(module(x).double(), expected, atol=0.02, rtol=0)
+        torch.testing.assert_close(module(x).double(), expected, atol=tolerance, rtol=0)
     spread = (expected - expected.mean((1, 2), keepdim=True)).abs().max()
     assert size == 1 or spread > 0.2, "values that hardly differ prove nothing"
 
