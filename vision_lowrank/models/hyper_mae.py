@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers.low_rank_interpolation import LowRankInterpolation
 from vision_lowrank.models.less_vit import (
     Block,
     LessViT,
     Patches,
     initialise,
+    keep_pixels,
     make_attention,
     make_context,
     turned_widths,
@@ -79,9 +81,11 @@ class HyperMAE(nn.Module):
             in flat patches from counting like a pattern.
         decoder_rotation: rotate in the decoder where the encoder rotates. Without, as in the original, a decoder does
             not know which position or channel it is to predict.
+        residual_rank: predict what `LowRankInterpolation` of this rank leaves, instead of all; needs
+            `normalise_targets=False`. None to predict all, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1.
+        ConfigError: a share is not between 0 and 1, or what is to be interpolated is normalised patch by patch.
     """
 
     def __init__(
@@ -96,11 +100,17 @@ class HyperMAE(nn.Module):
         normalise_targets: bool = True,
         variance_floor: float = 1e-2,
         decoder_rotation: bool = True,
+        residual_rank: int | None = None,
     ) -> None:
         super().__init__()
         for name, share in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
+        if residual_rank is not None and normalise_targets:
+            raise ConfigError(
+                f"residual_rank={residual_rank} interpolates pixels, not patches normalised each by itself: add "
+                "normalise_targets=false"
+            )
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.channel_mask_ratio = channel_mask_ratio
@@ -127,6 +137,7 @@ class HyperMAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         size = encoder.patch_size**2
         self.decoder_pred = nn.ModuleDict({name: nn.Linear(decoder_dim, size) for name in encoder.patch_embed})
+        self.interpolation = None if residual_rank is None else LowRankInterpolation(residual_rank)
         for name, part in self.named_children():
             if name != "encoder":
                 part.apply(initialise)
@@ -170,6 +181,10 @@ class HyperMAE(nn.Module):
         hidden_positions.scatter_(1, positions, False)
         tokens = self.encoder.encode(patches, channels, positions)
         prediction = self._decode(tokens, patches, channels, positions)
+        if self.interpolation is not None:
+            shown = keep_pixels(patches.pixels, channels, positions)
+            kept = patches.coordinates.keep(channels, positions)
+            prediction = prediction + self.interpolation(shown, patches.coordinates, kept, positions)
         pixels = patches.pixels.float()
         shift, gain = self.target_scale(pixels, valid)
         target = (pixels - shift) * gain
