@@ -54,6 +54,7 @@ class Reconstruction:
         target: (B, C, N, p p).
         hidden_channels: bool (B, C).
         hidden_positions: bool (B, N).
+        interpolated: (B, C, N, p p), the part of the prediction that is not the decoder's; None without one.
     """
 
     loss: Tensor
@@ -63,6 +64,7 @@ class Reconstruction:
     target: Tensor
     hidden_channels: Tensor
     hidden_positions: Tensor
+    interpolated: Tensor | None
 
 
 class HyperMAE(nn.Module):
@@ -181,10 +183,12 @@ class HyperMAE(nn.Module):
         hidden_positions.scatter_(1, positions, False)
         tokens = self.encoder.encode(patches, channels, positions)
         prediction = self._decode(tokens, patches, channels, positions)
+        interpolated = None
         if self.interpolation is not None:
             shown = keep_pixels(patches.pixels, channels, positions)
             kept = patches.coordinates.keep(channels, positions)
-            prediction = prediction + self.interpolation(shown, patches.coordinates, kept, positions)
+            interpolated = self.interpolation(shown, patches.coordinates, kept, positions)
+            prediction = prediction + interpolated
         pixels = patches.pixels.float()
         shift, gain = self.target_scale(pixels, valid)
         target = (pixels - shift) * gain
@@ -204,6 +208,7 @@ class HyperMAE(nn.Module):
             target,
             hidden_channels,
             hidden_positions,
+            interpolated,
         )
 
     def _keep(self, patches: Patches, seen: Seen, noise: Noise) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ class SceneClassification(L.LightningModule):
         label = batch["label"]
         place = current_place()
         turns = share_of(torch.randint(SYMMETRIES, (len(label) * place[1],)), place)
-        # mixtures and dropout, unlike symmetries, are each process's own
+        # offsets, mixtures and dropout, unlike symmetries, are each process's own
         draw_apart()
         if label.ndim > 1:
             label = apply_symmetries(label, turns)

@@ -58,7 +58,8 @@ class LowRankInterpolation(nn.Module):
             weights = self.spectral_weights(whole.wavelengths, seen.wavelengths)
             spectra = torch.einsum("bck,bknp->bcnp", weights, pixels.to(weights.dtype))
             # positions that were seen keep their own spectra, whatever is divided by their distance from themselves
-            near = torch.cdist(whole.metres, seen.metres).clamp(min=1e-3).pow(-POWER).to(weights.dtype)
+            wanted, given = whole.metres.to(weights.dtype), seen.metres.to(weights.dtype)
+            near = torch.cdist(wanted, given).clamp(min=1e-3).pow(-POWER)
             around = torch.einsum("bmn,bcn->bcm", near / near.sum(-1, keepdim=True), spectra.mean(-1))
         filled = around.unsqueeze(-1).expand(-1, -1, -1, pixels.shape[-1])
         return filled.scatter(2, positions[:, None, :, None].expand_as(spectra), spectra)
