@@ -233,36 +233,6 @@ def test_a_run_of_each_method_on_one_division(root, card):
     assert base["seconds"] > 0
 
 
-def test_a_setting_of_the_network_is_chosen_on_validation_pixels(card, tmp_path):
-    def run(name, *overrides):
-        config = configure(card, tmp_path, "methods=[lola_full]", f"name={name}", *overrides)
-        return read_result(run_few_labels(config) / "blocks-4-seed0" / "lola_full")
-
-    rate = "benchmark.methods.lola_full.task.learning_rate"
-    none, good, bad = (
-        run(name, "benchmark.methods.lola_full.grid=null", f"{rate}={value}")
-        for name, value in (("none", 0.01), ("good", 0.003), ("bad", 1e-9))
-    )
-    assert none.facts["chosen"] == {}
-    best = max((none, 0.01), (good, 0.003), key=lambda pair: pair[0].facts["validation_oa"])
-    assert bad.facts["validation_oa"] < best[0].facts["validation_oa"]
-    grid = OmegaConf.create({"task.learning_rate": [1e-9, 0.01, 0.003], "task.label_smoothing": [0.1]})
-    config = configure(card, tmp_path, "methods=[lola_full]", "name=grid")
-    config.benchmark.methods.lola_full.grid = grid
-    chosen = read_result(run_few_labels(config) / "blocks-4-seed0" / "lola_full")
-    assert chosen.facts["chosen"] == {"task.learning_rate": best[1], "task.label_smoothing": 0.1}
-    assert chosen.facts["validation_oa"] == best[0].facts["validation_oa"]
-    np.testing.assert_array_equal(chosen.scores["test"].confusion, best[0].scores["test"].confusion)
-
-
-@pytest.mark.parametrize("grid", [{"task.rate": [1]}, {"task.mixup": []}])
-def test_a_grid_of_no_setting(card, tmp_path, grid):
-    config = configure(card, tmp_path, "methods=[lola_full]")
-    config.benchmark.methods.lola_full.grid = grid
-    with pytest.raises(ConfigError, match=r"lola_full: grid has task\..*; give values of one of its settings"):
-        run_few_labels(config)
-
-
 def test_it_goes_on_where_it_was_stopped(root, card, monkeypatch, caplog):
     before = {path: path.read_text() for path in root.glob("*-seed*/*/metrics.json")}
     for name in ("train_network", "pretrain", "fit_baseline"):

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, write_metrics
 from vision_lowrank.few_labels_report import report
-from vision_lowrank.fitting import Trained, pretrain, train_network
+from vision_lowrank.fitting import pretrain, train_network
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.random_walk import random_walk
@@ -144,9 +144,10 @@ class Division:
         shutil.rmtree(folder, ignore_errors=True)
         data.split.save(folder / "split.npz")
         write_json(folder / "provenance.json", provenance(self.precision, data.scene.hashes))
+        L.seed_everything(self.seed, workers=True, verbose=False)
         started = time.perf_counter()
         if network:
-            probabilities, facts = self._train(config, data, folder / "training", method.get("grid") or {})
+            probabilities, facts = self._train(config, data, folder / "training")
         else:
             probabilities, facts = fit_baseline(config.model, data)
         facts |= {"seconds": time.perf_counter() - started, **_about(run, data, facts, method)}
@@ -177,28 +178,14 @@ class Division:
         write_metrics(folder, result, [item.name for item in data.scene.classes])
         return result
 
-    def _train(
-        self, config: DictConfig, data: SceneDataModule, folder: Path, grid: Mapping[str, Sequence[Any]]
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Returns probabilities all over the scene, (height * width, classes), and facts; keeps no weights.
-
-        Of the settings in `grid` that are equally good on the validation pixels, the first counts, as for the SVM.
-        """
-        best: Trained | None = None
-        chosen: dict[str, Any] = {}
-        for values in product(*grid.values()):
-            setting = dict(zip(grid, values, strict=True))
-            for key, value in setting.items():
-                OmegaConf.update(config, key, value)
-            L.seed_everything(self.seed, workers=True, verbose=False)
-            trained = train_network(config, data, folder, False, self.precision)
-            assert trained is not None  # one device has no other ranks
-            # hundreds of runs leave numbers, not gigabytes of weights
-            shutil.rmtree(folder)
-            if best is None or trained.facts["validation_oa"] > best.facts["validation_oa"]:
-                best, chosen = trained, setting
-        assert best is not None  # even no grid at all is one setting
-        return best.predict(data, self.precision)[""], {**best.facts, "chosen": chosen}
+    def _train(self, config: DictConfig, data: SceneDataModule, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns probabilities all over the scene, (height * width, classes), and facts; keeps no weights."""
+        trained = train_network(config, data, folder, False, self.precision)
+        assert trained is not None  # one device has no other ranks
+        probabilities = trained.predict(data, self.precision)[""]
+        # hundreds of runs leave numbers, not gigabytes of weights
+        shutil.rmtree(folder)
+        return probabilities, dict(trained.facts)
 
     def _base(self, config: DictConfig, data: SceneDataModule) -> Path:
         """Returns the folder of the division's base, pretrained by the first run that asks."""
@@ -243,11 +230,6 @@ def _check(config: DictConfig) -> None:
             raise ConfigError(f"{name}={list(values)}: give at least one, none twice")
     for kept in config.labels:
         check_kept(kept)
-    for name in config.methods:
-        method = config.benchmark.methods[name]
-        for key, values in (method.get("grid") or {}).items():
-            if OmegaConf.select(method, key) is None or not values:
-                raise ConfigError(f"{name}: grid has {key}={values}; give values of one of its settings")
     if config.resume is not None or config.devices != 1:
         raise ConfigError("few_labels goes on by itself, on one device: leave out resume and devices")
     device = torch.device(choose_device(config.device)).type

@@ -8,7 +8,6 @@ from vision_lowrank.data.augmentation import (
     apply_symmetry,
     check_shares,
     mixup,
-    offset_spectra,
     random_symmetries,
     sample_channels,
 )
@@ -53,18 +52,6 @@ def test_mixup_adds_a_share_of_a_partner():
     assert torch.equal(same, x)
     assert partner.tolist() == list(range(32))
     assert share == 1
-
-
-def test_an_offset_is_one_spectrum_for_all_positions_of_a_sample():
-    torch.manual_seed(0)
-    x = torch.rand(4000, 3, 2, 2)
-    added = offset_spectra(x, 5.0) - x
-    torch.testing.assert_close(added, added[..., :1, :1].expand_as(added), rtol=0, atol=1e-5)
-    # independent of sample and channel, of mean 0 and deviation 5
-    covariance = torch.cov(added[:, :, 0, 0].T)
-    assert (covariance - 25 * torch.eye(3)).abs().max() < 2
-    assert added.mean().abs() < 0.2
-    assert offset_spectra(x, 0.0) is x
 
 
 def test_a_share_of_the_channels_keeps_their_wavelengths():

@@ -52,19 +52,6 @@ def mixup(x: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
     return share * x + (1 - share) * x[partner], partner, share
 
 
-def offset_spectra(x: Tensor, deviation: float) -> Tensor:
-    """Adds to each sample one random spectrum, the same at all its positions, as another field or sun would.
-
-    Training with noise is Tikhonov's regularisation (Bishop 1995): directions of little variance stop to matter. Noise
-    of each pixel would average out over the patch.
-
-    Args:
-        x: (batch, channels, height, width).
-        deviation: of the added values, in the units of `x`; 0 adds nothing.
-    """
-    return x if deviation == 0 else x + deviation * torch.randn_like(x[..., :1, :1])
-
-
 def sample_channels(batch: Mapping[str, Tensor], shares: Sequence[float] | None) -> Mapping[str, Tensor]:
     """Keeps a random share of a batch's channels, the same for all samples (hierarchical channel sampling).
 

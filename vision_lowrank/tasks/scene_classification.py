@@ -13,14 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
-from vision_lowrank.data.augmentation import (
-    SYMMETRIES,
-    apply_symmetries,
-    check_shares,
-    mixup,
-    offset_spectra,
-    sample_channels,
-)
+from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetries, check_shares, mixup, sample_channels
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.processes import (
     current_place,
@@ -61,7 +54,6 @@ class SceneClassification(L.LightningModule):
         balance: exponent b of the weight of a class in the loss, its training pixels to the power -b: 0 weighs pixels
             alike, 1 weighs classes alike.
         mixup: alpha of `data.augmentation.mixup`; training accuracies then compare with the larger share's class.
-        spectral_offset: deviation of `data.augmentation.offset_spectra`.
         cycles: settings of `CyclicalStrength` in epochs: `first_cycle`, `growth`, `minimum`; None without adapters, and
             for adapters that keep their strength.
         rate_ratio: how many times as fast the factors B of LoRAs learn (LoRA+); None for one rate.
@@ -84,7 +76,6 @@ class SceneClassification(L.LightningModule):
         label_smoothing: float,
         balance: float,
         mixup: float,
-        spectral_offset: float = 0.0,
         cycles: Mapping[str, Any] | None = None,
         rate_ratio: float | None = None,
         inputs: Sequence[str] = ("image",),
@@ -98,7 +89,6 @@ class SceneClassification(L.LightningModule):
         self.warmup = warmup
         self.label_smoothing = label_smoothing
         self.mixup = mixup
-        self.spectral_offset = spectral_offset
         self.cycles = cycles
         self.rate_ratio = rate_ratio
         self.inputs = tuple(inputs)
@@ -139,12 +129,11 @@ class SceneClassification(L.LightningModule):
         label = batch["label"]
         place = current_place()
         turns = share_of(torch.randint(SYMMETRIES, (len(label) * place[1],)), place)
-        # offsets, mixtures and dropout, unlike symmetries, are each process's own
+        # mixtures and dropout, unlike symmetries, are each process's own
         draw_apart()
         if label.ndim > 1:
             label = apply_symmetries(label, turns)
-        image = offset_spectra(apply_symmetries(batch["image"], turns), self.spectral_offset)
-        image, partner, share = mixup(image, self.mixup)
+        image, partner, share = mixup(apply_symmetries(batch["image"], turns), self.mixup)
         logits = self({**batch, "image": image})
         loss = share * self._loss(logits, label) + (1 - share) * self._loss(logits, label[partner])
         self.training_scores.update(logits, label)
