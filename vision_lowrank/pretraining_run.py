@@ -212,10 +212,9 @@ def _tile(
         "over space": fill_over_space(image, hidden_channels, hidden_pixels),
         "over wavelength": fill_over_wavelength(image, hidden_channels, hidden_pixels, wavelengths),
     }
-    found = {"Hyper-MAE": result.prediction, "low rank": result.interpolated}
     return {
         "target": whole(result.target),
-        "fillings": {name: whole(pixels) for name, pixels in found.items() if pixels is not None}
+        "fillings": {"Hyper-MAE": whole(result.prediction)}
         | {name: (filled - shift) * gain for name, filled in fillings.items()},
         "hidden_channels": hidden_channels,
         "hidden_pixels": hidden_pixels,

@@ -6,7 +6,6 @@ import torch
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models import HyperMAE, LessViT
 from vision_lowrank.models.hyper_mae import Noise
-from vision_lowrank.models.layers.embeddings import sincos
 from vision_lowrank.models.less_vit import assemble
 
 WAVELENGTHS = torch.tensor([443.0, 560.0, 665.0, 842.0, 1610.0, 2190.0])
@@ -143,39 +142,25 @@ def test_the_decoder_knows_place_and_wavelength(embedding):
         assert (result.prediction[b, channels[0], place] - result.prediction[b, channels[1], place]).abs().max() > 1e-12
 
 
-@pytest.mark.parametrize("seen", ["optical", "multi"])
-def test_a_residual_adds_to_the_posterior_mean_of_spectra(seen):
-    model = tiny(normalise_targets=False, residual_rank=3)
+def test_hidden_tokens_start_from_an_interpolation_of_those_seen():
+    model = tiny(interpolation_rank=3)
     patches = make(model, radar=True)
-    noise = model.draw_noise(patches, seen, torch.Generator().manual_seed(3))
-    result = model.reconstruct(patches, seen, noise)
-    part = model.interpolation
-    factors = part.loadings(sincos(torch.cat([WAVELENGTHS, RADAR]), 128).double())
-    covariance = factors @ factors.T
-    filled = torch.zeros(2, 8, 16, 16, dtype=torch.float64)
-    for b in range(2):
-        kept, places = (
-            torch.nonzero(~hidden[b]).flatten() for hidden in (result.hidden_channels, result.hidden_positions)
-        )
-        noisy = covariance[kept][:, kept] + part.log_noise.exp() * torch.eye(len(kept), dtype=torch.float64)
-        for n in places:
-            filled[b, :, n] = covariance[:, kept] @ torch.linalg.inv(noisy) @ patches.pixels[b, kept, n]
-        for n in torch.nonzero(result.hidden_positions[b]).flatten():
-            # patches lie in rows of four, 40 m apart
-            away = 40 * ((n // 4 - places // 4) ** 2 + (n % 4 - places % 4) ** 2).double().sqrt()
-            shares = away**-3 / (away**-3).sum()
-            filled[b, :, n] = (filled[b][:, places].mean(-1) @ shares)[:, None]
+    noise = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    given = []
+    model.decoder_blocks[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    result = model.reconstruct(patches, "multi", noise)
+    channels, positions = (
+        torch.stack([torch.nonzero(~row).flatten() for row in hidden])
+        for hidden in (result.hidden_channels, result.hidden_positions)
+    )
+    tokens = model.decoder_embed(model.encoder.encode(patches, channels, positions))
+    added = model.interpolation(tokens, patches.coordinates, patches.coordinates.keep(channels, positions))
     model.interpolation = None
-    plain = model.reconstruct(patches, seen, noise)
-    assert plain.interpolated is None
-    torch.testing.assert_close(result.interpolated, filled, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(result.prediction, plain.prediction + filled)
-    assert not torch.equal(result.loss, plain.loss)
-
-
-def test_patches_normalised_each_by_itself_cannot_be_interpolated():
-    with pytest.raises(ConfigError, match="add normalise_targets=false"):
-        tiny(residual_rank=3)
+    model.reconstruct(patches, "multi", noise)
+    for b in range(2):
+        rows, columns = (torch.cat([torch.zeros(1, dtype=int), index[b] + 1]) for index in (channels, positions))
+        added[b, rows[:, None], columns] = 0
+    torch.testing.assert_close(given[0], given[1] + added)
 
 
 def test_patches_go_back_to_their_image():

@@ -19,7 +19,6 @@ from vision_lowrank.models.less_vit import (
     LessViT,
     Patches,
     initialise,
-    keep_pixels,
     make_attention,
     make_context,
     turned_widths,
@@ -54,7 +53,6 @@ class Reconstruction:
         target: (B, C, N, p p).
         hidden_channels: bool (B, C).
         hidden_positions: bool (B, N).
-        interpolated: (B, C, N, p p), the part of the prediction that is not the decoder's; None without one.
     """
 
     loss: Tensor
@@ -64,7 +62,6 @@ class Reconstruction:
     target: Tensor
     hidden_channels: Tensor
     hidden_positions: Tensor
-    interpolated: Tensor | None
 
 
 class HyperMAE(nn.Module):
@@ -83,11 +80,11 @@ class HyperMAE(nn.Module):
             in flat patches from counting like a pattern.
         decoder_rotation: rotate in the decoder where the encoder rotates. Without, as in the original, a decoder does
             not know which position or channel it is to predict.
-        residual_rank: predict what `LowRankInterpolation` of this rank leaves, instead of all; needs
-            `normalise_targets=False`. None to predict all, as the paper.
+        interpolation_rank: of the `LowRankInterpolation` of the encoder's tokens that hidden tokens start from; None to
+            start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1, or what is to be interpolated is normalised patch by patch.
+        ConfigError: a share is not between 0 and 1.
     """
 
     def __init__(
@@ -102,17 +99,12 @@ class HyperMAE(nn.Module):
         normalise_targets: bool = True,
         variance_floor: float = 1e-2,
         decoder_rotation: bool = True,
-        residual_rank: int | None = None,
+        interpolation_rank: int | None = None,
     ) -> None:
         super().__init__()
         for name, share in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
-        if residual_rank is not None and normalise_targets:
-            raise ConfigError(
-                f"residual_rank={residual_rank} interpolates pixels, not patches normalised each by itself: add "
-                "normalise_targets=false"
-            )
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.channel_mask_ratio = channel_mask_ratio
@@ -139,7 +131,7 @@ class HyperMAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         size = encoder.patch_size**2
         self.decoder_pred = nn.ModuleDict({name: nn.Linear(decoder_dim, size) for name in encoder.patch_embed})
-        self.interpolation = None if residual_rank is None else LowRankInterpolation(residual_rank)
+        self.interpolation = None if interpolation_rank is None else LowRankInterpolation(interpolation_rank)
         for name, part in self.named_children():
             if name != "encoder":
                 part.apply(initialise)
@@ -183,12 +175,6 @@ class HyperMAE(nn.Module):
         hidden_positions.scatter_(1, positions, False)
         tokens = self.encoder.encode(patches, channels, positions)
         prediction = self._decode(tokens, patches, channels, positions)
-        interpolated = None
-        if self.interpolation is not None:
-            shown = keep_pixels(patches.pixels, channels, positions)
-            kept = patches.coordinates.keep(channels, positions)
-            interpolated = self.interpolation(shown, patches.coordinates, kept, positions)
-            prediction = prediction + interpolated
         pixels = patches.pixels.float()
         shift, gain = self.target_scale(pixels, valid)
         target = (pixels - shift) * gain
@@ -208,7 +194,6 @@ class HyperMAE(nn.Module):
             target,
             hidden_channels,
             hidden_positions,
-            interpolated,
         )
 
     def _keep(self, patches: Patches, seen: Seen, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -241,9 +226,11 @@ class HyperMAE(nn.Module):
         x[:, 0, 1:] = self.decoder_channel_mask_token.to(tokens.dtype)
         x[:, 1:, 0] = self.decoder_spatial_mask_token.to(tokens.dtype)
         rows, columns = (torch.nn.functional.pad(index + 1, (1, 0)) for index in (channels, positions))
+        coordinates = patches.coordinates
+        if self.interpolation is not None:
+            x = x + self.interpolation(tokens, coordinates, coordinates.keep(channels, positions)).to(x.dtype)
         sample = torch.arange(batch, device=tokens.device)[:, None, None]
         x[sample, rows[:, :, None], columns[:, None, :]] = tokens
-        coordinates = patches.coordinates
         if self.decoder_embedding == "sincos":
             x = self.encoder.add_coordinates(x, coordinates)
         context = make_context(

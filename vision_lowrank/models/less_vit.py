@@ -57,12 +57,6 @@ class Patches:
     columns: int
 
 
-def keep_pixels(pixels: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
-    """Returns of patches (B, C, N, p p) those of chosen channels (B, kept) and positions (B, kept), given by index."""
-    pixels = pixels.gather(1, channels[:, :, None, None].expand(-1, -1, *pixels.shape[2:]))
-    return pixels.gather(2, positions[:, None, :, None].expand(-1, pixels.shape[1], -1, pixels.shape[3]))
-
-
 def assemble(pixels: Tensor, rows: int) -> Tensor:
     """Puts patches (B, C, N, p p) together to images (B, C, H, W)."""
     size = round(pixels.shape[-1] ** 0.5)
@@ -309,7 +303,8 @@ class LessViT(
         """
         pixels, coordinates = patches.pixels, patches.coordinates
         if channels is not None and positions is not None:
-            pixels = keep_pixels(pixels, channels, positions)
+            pixels = pixels.gather(1, channels[:, :, None, None].expand(-1, -1, *pixels.shape[2:]))
+            pixels = pixels.gather(2, positions[:, None, :, None].expand(-1, pixels.shape[1], -1, pixels.shape[3]))
             coordinates = coordinates.keep(channels, positions)
         tokens = self._embed_pixels(pixels, channels, patches.optical)
         batch = tokens.shape[0]

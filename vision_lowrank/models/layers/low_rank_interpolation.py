@@ -1,14 +1,16 @@
-"""Interpolation over wavelength and ground by a low-rank Gaussian model of spectra, for any channels of any sensor.
+"""Interpolation over wavelength and ground by a low-rank Gaussian model, for any channels of any sensor.
 
-A spectrum is taken as `x(w) = phi(w) . z + noise`, with `rank` normal factors z and loadings phi that are a function of
-the wavelength w (probabilistic principal components, Tipping and Bishop 1999, with loadings made continuous). Channels
-that were not seen are the posterior mean, in closed form; places that were not seen are means of spectra weighted by
-inverse distances (Shepard 1968). The whole is one Kronecker product of weights over channels and over positions.
+Values over the wavelength w are taken as `x(w) = phi(w) . z + noise`, with `rank` normal factors z and loadings phi
+that are a learnt function of w (probabilistic principal components, Tipping and Bishop 1999, with loadings made
+continuous). Channels that were not seen are the posterior mean, in closed form; positions that were not seen are means
+weighted by inverse distances (Shepard 1968). The whole is one Kronecker product of weights over channels and over
+positions.
 
-`B` batch, `C` channels, `N` positions, `P` pixels of a patch; `C'` and `N'` are those seen.
+`B` batch, `C` channels, `N` positions, `E` width; `C'` and `N'` are those seen.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_lowrank.models.layers.embeddings import Coordinates, sincos
@@ -33,7 +35,7 @@ class LowRankInterpolation(nn.Module):
         self.log_noise = nn.Parameter(torch.zeros(1))
 
     def spectral_weights(self, wavelengths: Tensor, seen: Tensor) -> Tensor:
-        """Returns (B, C, C'), by which values seen become the posterior mean of each channel.
+        """Returns (B, C, C'), by which what was seen becomes the posterior mean of each channel.
 
         Args:
             wavelengths: of the channels to fill, nanometres (B, C).
@@ -45,21 +47,27 @@ class LowRankInterpolation(nn.Module):
         noise = self.log_noise.exp() * torch.eye(given.shape[-1], device=given.device, dtype=given.dtype)
         return wanted @ torch.linalg.solve(given.mT @ given + noise, given.mT)
 
-    def forward(self, pixels: Tensor, whole: Coordinates, seen: Coordinates, positions: Tensor) -> Tensor:
-        """Returns (B, C, N, P) in the precision of the weights; a position that was not seen is the same all over.
+    def forward(self, tokens: Tensor, whole: Coordinates, seen: Coordinates) -> Tensor:
+        """Returns tokens of all channels and positions (B, 1 + C, 1 + N, E), those of classes from those of classes.
 
         Args:
-            pixels: what was seen, with a mean of 0 in each channel (B, C', N', P).
+            tokens: what was seen (B, 1 + C', 1 + N', E); row 0 and column 0 are class tokens.
             whole: coordinates of all channels and positions.
             seen: coordinates of those seen.
-            positions: indices of the positions seen (B, N').
         """
-        with torch.autocast(pixels.device.type, enabled=False):
-            weights = self.spectral_weights(whole.wavelengths, seen.wavelengths)
-            spectra = torch.einsum("bck,bknp->bcnp", weights, pixels.to(weights.dtype))
-            # positions that were seen keep their own spectra, whatever is divided by their distance from themselves
-            wanted, given = whole.metres.to(weights.dtype), seen.metres.to(weights.dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
+            spectral = self.spectral_weights(whole.wavelengths, seen.wavelengths)
+            wanted, given = whole.metres.to(spectral.dtype), seen.metres.to(spectral.dtype)
+            # a position seen is all but itself, far nearer than any other
             near = torch.cdist(wanted, given).clamp(min=1e-3).pow(-POWER)
-            around = torch.einsum("bmn,bcn->bcm", near / near.sum(-1, keepdim=True), spectra.mean(-1))
-        filled = around.unsqueeze(-1).expand(-1, -1, -1, pixels.shape[-1])
-        return filled.scatter(2, positions[:, None, :, None].expand_as(spectra), spectra)
+            spatial = near / near.sum(-1, keepdim=True)
+            # one factor after the other; einsum of all three would build their product
+            filled = torch.einsum("bmn,bkne->bkme", _with_class(spatial), tokens.to(spectral.dtype))
+            return torch.einsum("bck,bkme->bcme", _with_class(spectral), filled)
+
+
+def _with_class(weights: Tensor) -> Tensor:
+    """Adds a class token, which stays itself, to weights (B, L, L'): (B, 1 + L, 1 + L')."""
+    padded = F.pad(weights, (1, 0, 1, 0))
+    padded[:, 0, 0] = 1
+    return padded
