@@ -170,10 +170,12 @@ def test_patches_go_back_to_their_image():
     assert torch.equal(assemble(patches.pixels, patches.rows), image)
 
 
-def test_masks_that_leave_nothing_are_refused():
+def test_masks_that_leave_nothing_and_ranks_of_nothing_are_refused():
     model = tiny(mask_ratio=0.95)
     patches = make(model)
     with pytest.raises(ConfigError, match="leave 0 of 16 positions and 3 of 6 channels visible"):
         model.reconstruct(patches, "multi", model.draw_noise(patches, "multi"))
     with pytest.raises(ConfigError, match="mask_ratio is 1"):
         tiny(mask_ratio=1)
+    with pytest.raises(ConfigError, match="interpolation_rank is 0; give at least 1, or null"):
+        tiny(interpolation_rank=0)

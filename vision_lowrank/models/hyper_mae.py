@@ -84,7 +84,7 @@ class HyperMAE(nn.Module):
             start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1.
+        ConfigError: a share is not between 0 and 1, or a rank below 1.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class HyperMAE(nn.Module):
         for name, share in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
+        if interpolation_rank is not None and interpolation_rank < 1:
+            raise ConfigError(f"interpolation_rank is {interpolation_rank}; give at least 1, or null for none")
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.channel_mask_ratio = channel_mask_ratio
