@@ -1,5 +1,6 @@
 """Runs on sprites from the command line's configuration to their folders, with tiny networks."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
+from torch import nn
 
 from vision_lowrank.data.sprites import SPRITES
 from vision_lowrank.errors import CheckpointError, ConfigError
@@ -15,7 +17,7 @@ from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models.sprite_classifier import Found
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
-from vision_lowrank.text_to_image_run import recognise, save_grid
+from vision_lowrank.text_to_image_run import arrange_for_cpu, recognise, save_grid
 from vision_lowrank.training import train
 
 pytest.importorskip("diffusers")
@@ -53,6 +55,35 @@ def base(run):
 
 def newest(folder):
     return max(folder.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+
+
+def test_the_form_for_cpus_computes_the_same_without_copies():
+    from vision_lowrank.composer.pipeline import build_pipeline
+
+    plain = build_pipeline(
+        ["a"], side=16, channels=(8, 16), groups=4, heads=2, text_width=16, text_layers=1, text_heads=2
+    ).unet.double()
+    arranged = copy.deepcopy(plain)
+    arrange_for_cpu(arranged)
+    met = []
+    for module in arranged.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_pre_hook(
+                lambda _, args: met.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    latents = torch.randn(2, 12, 8, 8, dtype=torch.float64)
+    text = torch.randn(2, 5, 16, dtype=torch.float64)
+    gradients = []
+    for unet in (plain, arranged):
+        x = latents.clone().requires_grad_()
+        y = unet(x, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+        gradients.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *unet.parameters()])])
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    # all but the first, which gets the latents as they come
+    assert not met[0]
+    assert len(met) > 10
+    assert all(met[1:])
 
 
 def test_base_leaves_everything_behind(base):

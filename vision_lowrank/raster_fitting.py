@@ -269,6 +269,8 @@ class _Fit:
 
     def trainer(self, callbacks: Sequence[Callback]) -> L.Trainer:
         """Returns a Trainer with a progress bar; without callbacks, without checkpoints."""
+        # as in fitting.make_trainer
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         device = torch.device(self.device)
         return L.Trainer(
             accelerator=device.type,

@@ -78,14 +78,16 @@ class LoRAAdapter(Adapter):
     def __init__(self, base: BaseLayer, rank: int, scaling: float, dropout: float) -> None:
         super().__init__(base)
         self.scaling = scaling
+        self.binary = math.frexp(scaling)[0] == 0.5  # a power of two
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A, self.lora_B = low_rank_factors(base, rank)
 
     def forward(self, x: Tensor, y: Tensor, base: BaseLayer) -> Tensor:
         """Adds the contribution for the layer's input `x` to `y`, the output so far."""
-        # the strength goes onto A, which is smaller than any activation
-        down = self.lora_A.weight * self.strength
-        return y + apply_low_rank(base, self.dropout(x), down, self.lora_B.weight) * self.scaling
+        # the strength goes onto A, which is smaller than any activation; s too where that changes no bit of peft's sum
+        down = self.lora_A.weight * (self.strength * self.scaling if self.binary else self.strength)
+        added = apply_low_rank(base, self.dropout(x), down, self.lora_B.weight)
+        return y + (added if self.binary else added * self.scaling)
 
     def delta_weight(self) -> Tensor:
         """Returns f s B A in the shape of the base weight."""
