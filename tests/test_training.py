@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from sklearn.svm import SVC
 
+from vision_lowrank import checkpoints, fitting
 from vision_lowrank.adapters import load_adapter
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.splits import Split
@@ -22,6 +24,7 @@ from vision_lowrank.evaluation.tables import read_result
 from vision_lowrank.fitting import read_checkpoint
 from vision_lowrank.models import LessViT, LolaSpecViT
 from vision_lowrank.models.heads import LessSegmentation
+from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
 from vision_lowrank.tasks.scene_classification import SceneClassification
 from vision_lowrank.training import train
 
@@ -343,6 +346,64 @@ def test_resumed_training_ends_where_the_uninterrupted_one_does(configure, regim
     models = [load_file(path / "model" / "model.safetensors") for path in (folder, whole_folder)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
     assert len((folder / "history.csv").read_text().splitlines()) == 5
+
+
+def test_resumed_pretraining_ends_where_the_uninterrupted_one_does(configure, monkeypatch):
+    options = ["regime=adapt", "pretraining.epochs=2", "trainer.max_epochs=1", "adapter.cycles.first_cycle=1"]
+    whole = configure(*options)
+    train(whole)
+    whole_folder = run_folder(whole)
+    expected = weights(whole_folder)
+    base = load_file(whole_folder / "model" / "model.safetensors")
+    steps = read_checkpoint(whole_folder / "pretraining" / "last.ckpt")["global_step"] // 2
+    monkeypatch.setattr(checkpoints, "SAVE_EVERY", timedelta(0))
+
+    class Stop(Exception):
+        pass
+
+    step = MaskedPretraining.training_step
+    # at the beginning of an epoch, within one, and after the last
+    for stop in (steps, steps + 3, 2 * steps):
+
+        def stopped(task, content, index, stop=stop):
+            if task.global_step == stop:
+                raise Stop
+            return step(task, content, index)
+
+        def at_the_end(path, rows):
+            raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MaskedPretraining, "training_step", stopped)
+            if stop == 2 * steps:
+                patch.setattr(fitting, "write_csv", at_the_end)
+            with pytest.raises(Stop):
+                train(configure(*options))
+        folder = run_folder(whole)
+        path = folder / "pretraining" / "last.ckpt"
+        assert not (folder / "model").exists()
+        assert read_checkpoint(path)["global_step"] == stop
+        train(configure(*options, f"ckpt_path={path}"))
+        assert (folder / "metrics.json").exists()
+        found = load_file(folder / "model" / "model.safetensors")
+        assert [name for name in base if not torch.equal(found[name], base[name])] == []
+        assert (folder / "pretraining.csv").read_text() == (whole_folder / "pretraining.csv").read_text()
+        resumed = weights(folder)
+        assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
+
+
+def test_checkpoints_of_pretraining_are_of_their_regime(configure):
+    options = ["pretraining.epochs=1", "trainer.max_epochs=1", "adapter.cycles.first_cycle=1"]
+    config = configure("regime=adapt", *options)
+    train(config)
+    folder = run_folder(config)
+    path = folder / "pretraining" / "last.ckpt"
+    for other in ([], ["regime=adapt", f"base={folder / 'model'}"]):
+        with pytest.raises(CheckpointError, match=r"last\.ckpt: of the pretraining in regime=adapt without base"):
+            train(configure(*other, f"ckpt_path={path}"))
+    moved = path.rename(folder / "checkpoints" / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"other\.ckpt: not of this task"):
+        train(configure("regime=adapt", *options, f"ckpt_path={moved}"))
 
 
 class Canary:

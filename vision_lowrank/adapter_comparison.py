@@ -204,7 +204,7 @@ def _trial(config: DictConfig, rate: float, data: SceneDataModule, folder: Path,
     L.seed_everything(config.seed, workers=True, verbose=False)
     started = time.perf_counter()
     try:
-        trained = train_network(config, data, folder, False, precision)
+        trained = train_network(config, data, folder, None, precision)
     except TrainingError as error:
         logger.warning("learning rate %g is out: %s", rate, error)
         content = {"validation_oa": None, "facts": {}}

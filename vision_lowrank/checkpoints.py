@@ -2,6 +2,7 @@
 
 checkpoints/best.ckpt   the epoch with the best value of the metric that the run is judged by
 checkpoints/last.ckpt   the end of the last epoch, or, where epochs are long, a step of this one
+pretraining/last.ckpt   the same of a pretraining that comes first
 """
 
 import pickle
@@ -17,6 +18,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint
+from torch import Tensor
 from torchmetrics import Metric
 
 from vision_lowrank.batch_order import choose_epoch
@@ -87,24 +89,28 @@ class Resumption(Callback):
     """Lets a resumed run meet the batches that the uninterrupted one met, and count on where it stopped.
 
     Lightning starts the loader before it tells it the epoch, so that worker processes would fetch the first epoch's
-    batches, and keeps neither the place within an epoch nor what was logged in it. Batches that were trained on are
-    read and dropped. Sums of what was logged are those of one process: where several train, the first epoch after
-    resumption logs the part that process 0 saw, twice over; weights are exact.
+    batches, and keeps neither the place within an epoch nor what was logged in it, nor the state of torch's generator.
+    Batches that were trained on are read and dropped. Sums of what was logged are those of one process: where several
+    train, the first epoch after resumption logs the part that process 0 saw, twice over; weights are exact. The
+    generator is the processor's, of process 0.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
+        self._random: Tensor | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the sums of what was logged and scored in this epoch."""
+        """Adds the state of torch's generator, and the sums of what was logged and scored in this epoch."""
+        checkpoint["random"] = torch.get_rng_state()
         # those of a checkpoint that no step has followed are not in the metrics yet
         checkpoint["sums"] = self._sums or {
             name: dict(metric.metric_state) for name, metric in _metrics(trainer, pl_module)
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the sums until they can be put back."""
+        """Keeps the sums and the generator's state until they can be put back."""
         self._sums = checkpoint.get("sums", {})
+        self._random = checkpoint.get("random")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins the epoch's batches anew, where this one is resumed."""
@@ -117,12 +123,16 @@ class Resumption(Callback):
         loader: Any = trainer.train_dataloader
         choose_epoch(loader, loop.epoch_progress.current.processed)
         fetcher = loop._data_fetcher
+        # a loader draws a number when it is started; where the epoch goes on, the saved state is of later
+        if not within:
+            self._put_generator_back()
         iter(fetcher)
         if within:
             # the loader is no stateful one, and need not be
             warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
             for _ in range(loop.epoch_loop.batch_progress.current.completed):
                 next(fetcher.iterator)
+            self._put_generator_back()
             # Lightning leaves this hook out of an epoch that it resumes
             pl_module.on_train_epoch_start()
 
@@ -136,6 +146,15 @@ class Resumption(Callback):
             for part, value in self._sums.get(name, {}).items():
                 setattr(metric, part, getattr(metric, part) + value.to(metric.device))
         self._sums = {}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the generator back where the checkpoint was of the end, and nothing was left to train."""
+        self._put_generator_back()
+
+    def _put_generator_back(self) -> None:
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+        self._random = None
 
 
 class Patience(EarlyStopping):

@@ -180,7 +180,7 @@ class Division:
 
     def _train(self, config: DictConfig, data: SceneDataModule, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns probabilities all over the scene, (height * width, classes), and facts; keeps no weights."""
-        trained = train_network(config, data, folder, False, self.precision)
+        trained = train_network(config, data, folder, None, self.precision)
         assert trained is not None  # one device has no other ranks
         probabilities = trained.predict(data, self.precision)[""]
         # hundreds of runs leave numbers, not gigabytes of weights

@@ -3,10 +3,10 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from vision_lowrank.adapters import freeze_except
 from vision_lowrank.adapters.lora_plus import lora_plus_groups
-from vision_lowrank.checkpoints import Patience, Resumption, WholeFiles, checkpoints, read_checkpoint
+from vision_lowrank.checkpoints import (
+    LastCheckpoint,
+    Patience,
+    Resumption,
+    WholeFiles,
+    checkpoints,
+    read_checkpoint,
+)
 from vision_lowrank.compilation import Compilation
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.data.splits import Split
@@ -44,9 +51,30 @@ from vision_lowrank.tasks.scene_classification import CHOICE, SceneClassificatio
 
 logger = logging.getLogger(__name__)
 
+# what a run goes on with; in regime=adapt the first has a folder of checkpoints with this name
+Stage: TypeAlias = Literal["pretraining", "training"]
+
+
+def resumed_stage(config: DictConfig) -> Stage | None:
+    """Returns what `config.ckpt_path` is of, None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not of such a run.
+    """
+    if config.ckpt_path is None:
+        return None
+    path = Path(config.ckpt_path)
+    if path.resolve().parent.name != "pretraining":
+        read_checkpoint(path, "strength")
+        return "training"
+    if config.regime != "adapt" or config.base is not None:
+        raise CheckpointError(f"checkpoint {path}: of the pretraining in regime=adapt without base; give both as there")
+    read_checkpoint(path, "masked_pixels")
+    return "pretraining"
+
 
 def fit_network(
-    config: DictConfig, data: SceneDataModule, folder: Path, checkpoint: Mapping[str, Any] | None, precision: str
+    config: DictConfig, data: SceneDataModule, folder: Path, resumed: Stage | None, precision: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Trains, keeps the weights of the best epoch on the validation pixels and applies them to the whole scene.
 
@@ -56,7 +84,7 @@ def fit_network(
         config: the whole configuration.
         data: after `setup`.
         folder: run folder.
-        checkpoint: content of the checkpoint to resume from, None for a new run.
+        resumed: what to go on with from `config.ckpt_path`, see `resumed_stage`.
         precision: Lightning's precision string.
 
     Returns:
@@ -66,7 +94,7 @@ def fit_network(
     Raises:
         VisionLowRankError: see `training.train`.
     """
-    trained = train_network(config, data, folder, checkpoint is not None, precision)
+    trained = train_network(config, data, folder, resumed, precision)
     if trained is None:
         return {}, {}
     started = time.perf_counter()
@@ -97,7 +125,7 @@ class Trained:
 
 
 def train_network(
-    config: DictConfig, data: SceneDataModule, folder: Path, resumed: bool, precision: str
+    config: DictConfig, data: SceneDataModule, folder: Path, resumed: Stage | None, precision: str
 ) -> Trained | None:
     """Does the work of `fit_network` up to the map.
 
@@ -105,7 +133,7 @@ def train_network(
         config: as for `fit_network`, like `data`, `folder` and `precision`.
         data: see there.
         folder: see there.
-        resumed: whether to go on from `config.ckpt_path`.
+        resumed: see there.
         precision: see there.
 
     Returns:
@@ -125,7 +153,8 @@ def train_network(
     stop = Patience(CHOICE, patience=patience, mode="max")
     trainer = make_trainer(config, precision, [best, last, stop, *hooks], use_distributed_sampler=False)
     started = time.perf_counter()
-    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
+    ckpt_path = config.ckpt_path if resumed == "training" else None
+    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if process_rank() > 0:
@@ -155,19 +184,20 @@ def restore_network(config: DictConfig, data: SceneDataModule, folder: Path) -> 
     Raises:
         CheckpointError: the folder holds no such training.
     """
-    model, _ = _prepare_model(config, data, folder, True, "")
+    model, _ = _prepare_model(config, data, folder, "training", "")
     task = _make_task(config, data, model)
     task.load_state_dict(read_checkpoint(folder / "checkpoints" / "best.ckpt", "strength")["state_dict"])
     return Trained(task, {}, "cpu")
 
 
 def _prepare_model(
-    config: DictConfig, data: SceneDataModule, folder: Path, resumed: bool, precision: str
+    config: DictConfig, data: SceneDataModule, folder: Path, resumed: Stage | None, precision: str
 ) -> tuple[Any, bool]:
     """Returns the model of a regime, ready to be trained, and whether it has seen the scene without labels before."""
     adapted = config.regime == "adapt"
     transductive = _saw_scene(data, Path(config.base)) if config.base is not None else adapted
-    if adapted and resumed:
+    pretrained = adapted and resumed == "training"
+    if pretrained:
         model = load_base(config, data, folder / "model")
     else:
         if config.base is not None:
@@ -175,12 +205,13 @@ def _prepare_model(
             model = load_base(config, data, Path(config.base))
         elif adapted:
             rehearse(config, data)
-            model = pretrain(config, data, folder, precision)
+            keep = LastCheckpoint(folder / "pretraining", folder)
+            model = pretrain(config, data, folder, precision, [keep], config.ckpt_path)
         else:
             model = build(config, data)
         model.reset_classifier(data.num_classes)
     if adapted:
-        if not resumed:
+        if not pretrained:
             with atomic_folder(folder / "model") as temporary:
                 model.save_pretrained(temporary)
         model = adapt(config, data, model)
@@ -293,21 +324,37 @@ def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     return base
 
 
-def pretrain(config: DictConfig, data: SceneDataModule, folder: Path, precision: str) -> Any:
-    """Returns a base that learned to reconstruct `data.pretraining_pixels()` without labels."""
+def pretrain(
+    config: DictConfig,
+    data: SceneDataModule,
+    folder: Path,
+    precision: str,
+    callbacks: Sequence[Callback] = (),
+    ckpt_path: str | None = None,
+) -> Any:
+    """Returns a base that learned to reconstruct `data.pretraining_pixels()` without labels.
+
+    Args:
+        config: the whole configuration.
+        data: after `setup`.
+        folder: gets `pretraining.csv`.
+        precision: Lightning's precision string.
+        callbacks: keep checkpoints.
+        ckpt_path: one to go on from.
+    """
     pixels = data.pretraining_pixels()
     seen = "transductive" if np.isin(data.split.test, pixels).any() else "no test pixel among them"
     logger.info("pretraining on %d pixels of the scene, without labels: %s", pixels.size, seen)
     model = build(config, data)
     task: MaskedPretraining = instantiate(config.pretraining.task, model=model, channels=data.num_channels)
     epochs = config.pretraining.epochs
-    trainer = make_trainer(config, precision, [], max_epochs=epochs, use_distributed_sampler=False)
+    trainer = make_trainer(config, precision, callbacks, max_epochs=epochs, use_distributed_sampler=False)
     together = trainer.world_size > 1
     if together:
         _settle_decoder(task, next(iter(data.pretrain_dataloader()))["image"])
         # several processes wait for the gradient of each weight, and the loss has none for the head
         model.get_classifier().requires_grad_(False)
-    trainer.fit(task, data.pretrain_dataloader())
+    trainer.fit(task, data.pretrain_dataloader(), ckpt_path=ckpt_path, weights_only=True)
     if together:
         model.get_classifier().requires_grad_(True)
     if trainer.interrupted:

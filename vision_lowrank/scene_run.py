@@ -18,7 +18,7 @@ from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, write_metrics
-from vision_lowrank.fitting import fit_network, read_checkpoint
+from vision_lowrank.fitting import fit_network, resumed_stage
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk
@@ -42,7 +42,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     begun = time.perf_counter()
     L.seed_everything(config.seed, workers=True, verbose=False)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
-    checkpoint = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path, "strength")
+    resumed = resumed_stage(config)
     data: SceneDataModule = instantiate(config.data)
     data.prepare_data()
     data.setup()
@@ -61,7 +61,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
         predictions = {"": probabilities}
     else:
         name = f"{config.model._target_.rpartition('.')[2]} {config.regime}"
-        predictions, facts = fit_network(config, data, folder, checkpoint, precision)
+        predictions, facts = fit_network(config, data, folder, resumed, precision)
     facts |= {"seconds": time.perf_counter() - begun}
     rows: list[RunResult] = []
     # the run's own folder last: its scores mark it as finished

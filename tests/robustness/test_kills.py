@@ -110,8 +110,8 @@ def finished_runs(forks, root, trials, seconds, resume, **job):
 
 
 def from_last_checkpoint(folder):
-    path = folder / "checkpoints" / "last.ckpt"
-    return [f"ckpt_path={path}"] if path.exists() else []
+    paths = [folder / part / "last.ckpt" for part in ("checkpoints", "pretraining")]
+    return [f"ckpt_path={path}" for path in paths if path.exists()][:1]
 
 
 def from_folder(folder):
@@ -121,7 +121,8 @@ def from_folder(folder):
 @pytest.fixture
 def overrides(request, scene, tiles):
     """Overrides of a training by its name."""
-    named = {"scene": scene, "tiles": tiles, "sprites": SPRITES, "classifier": CLASSIFIER}
+    adapted = [*scene, "regime=adapt", "pretraining.epochs=2", "adapter.cycles.first_cycle=1"]
+    named = {"scene": scene, "adapted": adapted, "tiles": tiles, "sprites": SPRITES, "classifier": CLASSIFIER}
     return [*named[request.param], "seed=3"]
 
 
@@ -132,7 +133,7 @@ def overrides(request, scene, tiles):
         ("scene", 0),
         ("tiles", 0),
         *(pytest.param(*case, marks=pytest.mark.slow)
-          for case in (("scene", 2), ("tiles", 2), ("sprites", 0), ("sprites", 2), ("classifier", 0))),
+          for case in (("scene", 2), ("adapted", 0), ("tiles", 2), ("sprites", 0), ("sprites", 2), ("classifier", 0))),
     ],
     indirect=["overrides"],
 )  # fmt: skip

@@ -79,6 +79,19 @@ class MaskedPretraining(L.LightningModule):
         loss = float(self.trainer.callback_metrics["train/loss"])
         self.history.append({"epoch": float(self.current_epoch + 1), "train/loss": loss})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the history to a checkpoint, as plain numbers, and what tells that it is of this task."""
+        checkpoint["history"] = self.history
+        checkpoint["masked_pixels"] = self.masked_pixels
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the history of a checkpoint."""
+        self.history = list(checkpoint["history"])
+
+    def no_weight_decay(self) -> set[str]:
+        """Returns the name of a weight that has its shape from the first batch, or, resumed, from the start."""
+        return {"decoder.weight"}
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW whose rate rises and falls once."""
         factor = warmup_cosine(int(self.trainer.estimated_stepping_batches), self.warmup)
