@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vision_lowrank.composer import official
 from vision_lowrank.composer.official import replay
 from vision_lowrank.errors import CheckpointError
 
@@ -39,14 +40,34 @@ def replayed(case, repository):
     return folder, replay(folder, case)
 
 
-def test_tensors_agree_with_the_original(replayed, case):
+@pytest.fixture(scope="module")
+def exact(replayed, case):
+    """The same in float64, which is the same on all processors."""
+    load, build = official.load_file, official._unet
+
+    def double(path):
+        return {name: value.double() if value.is_floating_point() else value for name, value in load(path).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, "load_file", double)
+        patch.setattr(official, "_unet", lambda *parts: build(*parts).double())
+        return replay(replayed[0], case)
+
+
+def test_tensors_agree_with_the_original(replayed, exact, case):
     folder, found = replayed
     stored = load_file(folder / f"case_{case}.safetensors")
     assert stored.keys() - INPUTS <= found.keys()
-    errors = {name: float((found[name] - stored[name]).abs().max()) for name in stored.keys() - INPUTS}
-    shapes = {name: found[name].shape == stored[name].shape for name in errors}
+    shapes = {name: found[name].shape == stored[name].shape for name in stored.keys() - INPUTS}
     assert all(shapes.values()), shapes
-    over = {name: error for name, error in errors.items() if not error <= tolerance(name, stored[name].abs().max())}
+    over = {}
+    for name in shapes:
+        granted = tolerance(name, float(stored[name].abs().max()))
+        error, rounding = (float((part[name] - stored[name]).abs().max()) for part in (found, exact))
+        # the stored gradients are themselves up to 2.4 tolerances from the exact ones; how much of that rounding is met
+        # again depends on the processor
+        if not (rounding <= 3 * granted and error <= granted + rounding):
+            over[name] = (error / granted, rounding / granted)
     assert not over
 
 
