@@ -7,10 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vision_lowrank.composer import official
+from vision_lowrank.composer import losses, official
+from vision_lowrank.composer.lora_files import LowRank
 from vision_lowrank.composer.official import replay
 from vision_lowrank.errors import CheckpointError
 
+# of these the original's float32 run is further from its float64 run than the legend's tolerances
+UNTOLD = {
+    "a": {f"iter0_grad_{name}" for name in ("total", "L_ce", "L_fill", "L_region")}
+    | {"iter2_grad_total", "iter2_noise_pred"},
+    "b": set(),
+}
 INPUTS = {"latents_initial", "embeds_global", "embeds_region0", "embeds_region1"}
 
 
@@ -40,37 +47,89 @@ def replayed(case, repository):
     return folder, replay(folder, case)
 
 
+def merged_in_float32(weight, change):
+    """The factors of float32(weight + up @ down) - weight; products are summed as processors do, rounded once each."""
+    total = torch.zeros_like(weight, dtype=torch.float32)
+    for up, down in zip(change.up.T, change.down, strict=True):
+        total = (total.double() + torch.outer(change.scale * up, down)).float()
+    merged = weight.float() + total
+    return LowRank(torch.eye(weight.shape[1], dtype=torch.float64), merged.double() - weight, 1.0)
+
+
+def centre_weight_in_float32(height, width):
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    weight = torch.exp((-(x**2 + y**2) / 2).double()).float()
+    return weight / weight.max()
+
+
 @pytest.fixture(scope="module")
 def exact(replayed, case):
-    """The same in float64, which is the same on all processors."""
-    load, build = official.load_file, official._unet
+    """The same in float64, but for what the original keeps in float32 there too: merged weights, kernel, bell."""
+    folder, _ = replayed
+    build, read = official._unet, official._loras
+    weights = doubled(folder / "unet.safetensors")
+    kernel = doubled(folder / f"case_{case}.safetensors")["smoothing_kernel"]
 
-    def double(path):
-        return {name: value.double() if value.is_floating_point() else value for name, value in load(path).items()}
+    def merged(*parts):
+        return [
+            {name: merged_in_float32(weights[f"{name}.weight"], change) for name, change in lora.items()}
+            for lora in read(*parts)
+        ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(official, "load_file", double)
+        patch.setattr(official, "load_file", doubled)
         patch.setattr(official, "_unet", lambda *parts: build(*parts).double())
-        return replay(replayed[0], case)
+        patch.setattr(official, "_loras", merged)
+        patch.setattr(losses, "smoothing_kernel", lambda width: kernel)
+        patch.setattr(losses, "centre_weight", centre_weight_in_float32)
+        return replay(folder, case)
 
 
-def test_tensors_agree_with_the_original(replayed, case):
+def doubled(path):
+    return {name: value.double() if value.is_floating_point() else value for name, value in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def rounding(replayed, case):
+    """What the original's own float32 run is off its float64 run, and the largest value of that one."""
+    facts = json.loads((replayed[0] / f"case_{case}.json").read_text())
+    return facts["fp32_vs_fp64_same_official_code"]
+
+
+def test_tensors_agree_with_the_original(replayed, case, rounding):
     folder, found = replayed
     stored = load_file(folder / f"case_{case}.safetensors")
     assert stored.keys() - INPUTS <= found.keys()
     errors = {name: float((found[name] - stored[name]).abs().max()) for name in stored.keys() - INPUTS}
     shapes = {name: found[name].shape == stored[name].shape for name in errors}
     assert all(shapes.values()), shapes
-    over = {name: error for name, error in errors.items() if not error <= tolerance(name, stored[name].abs().max())}
-    assert not over
+    bounds = {name: tolerance(name, float(stored[name].abs().max())) for name in errors}
+    # where the original itself rounds by more, the next test tells
+    told = {name for name in errors if rounding[name]["max_abs_err"] <= bounds[name]}
+    assert errors.keys() - told <= UNTOLD[case]
+    assert not {name: errors[name] for name in told if not errors[name] <= bounds[name]}
 
 
-def test_exact_tensors_are_within_the_rounding_of_the_original(replayed, exact, case):
+def test_float64_tensors_are_those_of_the_original(replayed, exact, case, rounding):
     stored = load_file(replayed[0] / f"case_{case}.safetensors")
-    for name in stored.keys() - INPUTS:
-        error = float((exact[name] - stored[name]).abs().max())
-        # gradients that the original computed in float32 are up to 2.4 tolerances from the exact ones
-        assert error <= 3 * tolerance(name, float(stored[name].abs().max())), name
+    for name in stored.keys() - INPUTS - {"smoothing_kernel"}:
+        largest, error = float(exact[name].abs().max()), float((exact[name] - stored[name]).abs().max())
+        # the first step of the scheduler, whose constants are float32, ends exactness
+        later = name.startswith(("iter1", "iter2")) or name == "iter0_latents_out"
+        assert largest == pytest.approx(rounding[name]["absmax"], rel=1e-5 if later else 1e-11, abs=0), name
+        assert error == pytest.approx(rounding[name]["max_abs_err"], rel=0.05 if later else 1e-6, abs=0), name
+
+
+def test_float64_losses_are_those_of_the_original(replayed, exact, case):
+    facts = json.loads((replayed[0] / f"case_{case}.json").read_text())
+    compared = 0
+    for index, iteration in enumerate(facts["iterations_fp64"]):
+        for name, value in iteration.items():
+            if name == "total" or name.startswith("L_"):
+                expected, rtol = torch.tensor(value, dtype=torch.float64), 1e-6 if index else 1e-12
+                torch.testing.assert_close(exact[f"iter{index}_{name}"], expected, rtol=rtol, atol=0)
+                compared += 1
+    assert compared == 3 * 8
 
 
 def test_losses_agree_with_the_original(replayed, case):
