@@ -1,6 +1,7 @@
 """Exported graphs against the model that was saved, applied to values that numpy scaled."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from stripes import write_stripes
 
 from vision_lowrank import export as command
@@ -129,6 +130,27 @@ def test_a_graph_computes_what_the_saved_model_computes(repository, tmp_path, re
         found, expected = run(image[:size]), reference(image[:size])
         assert list(found.shape) == [size, *told["output"]["shape"][1:]]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_a_graph_leaves_brightness_out_as_its_run_does(repository, tmp_path, patches, suffix):
+    folder = tmp_path / "run"
+    shutil.copytree(patches[0], folder)
+    scaling = load_file(folder / "preprocessing.safetensors")
+    scaling |= {"mean": scaling["mean"] / 1000, "gain": 20 * scaling["gain"]}
+    save_file(scaling | {"brightness": np.array([False])}, folder / "preprocessing.safetensors")
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    out, _ = export(repository, folder, tmp_path / f"model{suffix}")
+    image = np.random.default_rng(5).uniform(0.5, 200, (3, BANDS, SIDE, SIDE)).astype(np.float32)
+    image[1, 2, 0, 3] = np.nan
+    logarithm = np.log(np.maximum(image, 1))
+    shapes = standardised(logarithm - logarithm.mean(axis=1, keepdims=True), scaling)
+    with torch.no_grad():
+        expected = load_run(folder).model(torch.from_numpy(np.einsum("kc,bchw->bkhw", scaling["projection"], shapes)))
+    found = command.run_file(out, torch.from_numpy(image)).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_what_a_user_has_to_know_is_told(patches, windows):

@@ -18,7 +18,6 @@ from stripes import write_stripes
 from vision_lowrank import few_labels
 from vision_lowrank.data.few_labels import FewLabelPatches, FewLabelWindows, keep_labels
 from vision_lowrank.data.scene import IGNORE
-from vision_lowrank.data.spectral_shape import ShapePreprocessor, spectral_shape
 from vision_lowrank.data.splits import Split, block_split, random_split
 from vision_lowrank.errors import ConfigError, DataError, SplitError
 from vision_lowrank.evaluation.metrics import Scores
@@ -130,9 +129,7 @@ def test_what_is_no_number_of_labels(kept):
 def test_an_epoch_has_its_steps_however_few_the_pixels_are(card):
     options = {"patch_size": 3, "components": 4, "whiten": False, "evaluation_batch_size": 8, "seed": 0}
     split = {"kind": "random", "train": 0.3, "validation": 0.1}
-    data = FewLabelPatches(
-        steps=6, shape=False, card=str(card), root=str(card.parent), split=split, batch_size=8, **options
-    )
+    data = FewLabelPatches(steps=6, card=str(card), root=str(card.parent), split=split, batch_size=8, **options)
     data.setup()
     scale = data.preprocessor.state()["mean"]
     whole = data.split
@@ -151,19 +148,6 @@ def test_an_epoch_has_its_steps_however_few_the_pixels_are(card):
     # the scaling is that of all pixels to draw from
     image = np.load(card.parent / "image.npy").reshape(-1, BANDS)
     np.testing.assert_allclose(scale, image[whole.train].mean(0), rtol=1e-5)
-
-
-def test_brightness_does_not_change_the_shape_of_a_spectrum(card):
-    spectra = np.random.default_rng(2).uniform(50, 200, (30, BANDS))
-    found = spectral_shape(spectra, axis=1)
-    np.testing.assert_allclose(found, spectral_shape(spectra * 3, axis=1), atol=1e-5)
-    # ratios of bands stay
-    np.testing.assert_allclose(np.exp(found[:, 2] - found[:, 5]), spectra[:, 2] / spectra[:, 5], rtol=1e-4)
-    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
-    scaled = StandardScaler().fit(found).transform(found)
-    image = np.ascontiguousarray(spectra.T.reshape(BANDS, 5, 6))
-    mapped = ShapePreprocessor(None, False).fit(spectra).transform(image)
-    np.testing.assert_allclose(mapped.reshape(BANDS, -1).T, scaled, atol=1e-3)
 
 
 def test_training_windows_show_their_pixels_at_every_place(card):

@@ -174,6 +174,15 @@ def test_map_of_a_file_is_in_its_place(kind, pixel_run, scene, tmp_path):
         assert file.block_shapes == [(16, 16)]
 
 
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("kind", ["pixels", "windows"])
+def test_a_map_without_brightness_is_that_of_training(kind, scene, tmp_path):
+    options = PIXELS if kind == "pixels" else [option for option in WINDOWS if not option.startswith("data.bands")]
+    run = run_of(scene, tmp_path / "runs", *options, "data.brightness=false")
+    predict(run, write_raster(scene, tmp_path / "scene.tif"), tmp_path / "map.tif")
+    expect_map(tmp_path / "map.tif", run)
+
+
 def by_hand(run, scene, size):
     """Patches (pixels, 4, size, size) of the scene after the run's scaling, without its channel that does not vary."""
     scaling = load_file(run / "preprocessing.safetensors")

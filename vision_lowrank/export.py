@@ -62,6 +62,7 @@ class ScaledModel(nn.Module):
         self.register_buffer("mean", torch.from_numpy(scaling.mean)[:, None, None])
         self.register_buffer("gain", torch.from_numpy(scaling.gain)[:, None, None])
         self.register_buffer("matrix", torch.from_numpy(np.ascontiguousarray(matrix)))
+        self.brightness = scaling.brightness
         self.count = len(shared)
         for number, value in enumerate(shared):
             self.register_buffer(f"shared_{number}", value)
@@ -69,6 +70,10 @@ class ScaledModel(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Maps (B, C, S, S) to logits (B, K) or (B, K, S, S)."""
         known = image.isfinite().all(dim=1, keepdim=True)
+        if not self.brightness:
+            # as `spectral_shape`
+            image = image.clamp(min=1).log()
+            image = image - image.mean(dim=1, keepdim=True)
         scaled = torch.where(known, (image - self.mean) * self.gain, 0.0)
         x = torch.einsum("kc,bchw->bkhw", self.matrix, scaled)
         # of the whole batch, not of each sample: comparing their shapes would tie the graph to sizes of batches
@@ -153,6 +158,9 @@ def samples(run: TrainedRun, side: int) -> Tensor:
     parts = (torch.from_numpy(part)[:, None, None] for part in (scaling.mean, spread))
     mean, deviation = parts
     image = mean + deviation * noise
+    if not scaling.brightness:
+        # spectra of which that is the shape, at an arbitrary level above 1
+        image = 1000 * image.exp()
     image[0, 0, 0, 0] = torch.nan
     return image
 

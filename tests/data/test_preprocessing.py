@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vision_lowrank.data import preprocessing
 from vision_lowrank.data.preprocessing import ScenePreprocessor
+from vision_lowrank.data.spectral_shape import spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
 
 CHANNELS = 12
@@ -55,6 +56,46 @@ def test_components_are_scikit_learns_up_to_sign(image, spectra, components, whi
     if whiten:
         training = found.reshape(components, -1)[:, ::2]
         assert np.allclose(training.std(axis=1, ddof=1), 1, atol=1e-3)
+
+
+@pytest.fixture
+def positive(image):
+    """The image with all values above 50, and some of its pixels."""
+    image = np.abs(image) + 50
+    return image, image.reshape(CHANNELS, -1).T[::2]
+
+
+def test_brightness_does_not_change_the_shape_of_a_spectrum():
+    spectra = np.random.default_rng(2).uniform(50, 200, (30, CHANNELS))
+    found = spectral_shape(spectra, axis=1)
+    np.testing.assert_allclose(found, spectral_shape(spectra * 3, axis=1), atol=1e-5)
+    # ratios of bands stay
+    np.testing.assert_allclose(np.exp(found[:, 2] - found[:, 5]), spectra[:, 2] / spectra[:, 5], rtol=1e-4)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("components", [None, 5])
+def test_without_brightness_shapes_are_scaled_and_projected(positive, components, monkeypatch):
+    image, spectra = positive
+    preprocessor = ScenePreprocessor(components, whiten=False, brightness=False).fit(spectra)
+    # rows come some at a time
+    monkeypatch.setattr(preprocessing, "CHUNK_BYTES", 4 * CHANNELS * 7 * 2)
+    found = preprocessor.transform(image)
+    parts = [StandardScaler(), *([] if components is None else [PCA(components, svd_solver="full")])]
+    reference = make_pipeline(*parts).fit(spectral_shape(spectra, axis=1).astype(np.float64))
+    expected = apply_sklearn(reference, spectral_shape(image, axis=0))
+    signs = np.sign((found * expected).sum(axis=(1, 2)))
+    assert np.allclose(found, signs[:, None, None] * expected, atol=2e-3)
+    # a factor on a pixel falls out
+    image[:, 3] *= 2
+    assert np.allclose(preprocessor.transform(image), found, atol=2e-3)
+    again = ScenePreprocessor.from_state(preprocessor.state())
+    assert np.array_equal(again.transform(image), preprocessor.transform(image))
+
+
+def test_reflectances_below_one_have_no_logarithms(positive):
+    with pytest.raises(DataError, match="most values of the training spectra are 1 or less; give digital numbers"):
+        ScenePreprocessor(None, whiten=False, brightness=False).fit(positive[1] / 1e5)
 
 
 def test_a_constant_band_comes_out_as_zero_and_is_named(image, spectra, caplog):

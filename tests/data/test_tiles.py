@@ -103,6 +103,12 @@ def test_training_tiles_lie_in_one_cell_each(scene_tiles):
     assert len(corners) == sum(3 if column == 2 else 9 for _, column in cells)
 
 
+def test_tiles_without_brightness_hold_shapes(scene_tiles):
+    plain, shapes = scene_tiles(), scene_tiles(brightness=False)
+    expected = np.log(np.maximum(plain.read(3), 1).astype(np.float64))
+    np.testing.assert_allclose(shapes.read(3), expected - expected.mean(axis=0), atol=1e-5)
+
+
 def test_scene_tiles_are_slices_of_the_scene(scene_tiles, tiny):
     source = scene_tiles()
     assert source.bands.wavelengths.tolist() == [450, 550, 650, 750, 850, 950]

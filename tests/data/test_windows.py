@@ -56,6 +56,22 @@ def slow_windows(module, indices, stride):
     return [np.stack(arrays) for arrays in zip(*found, strict=True)]
 
 
+def test_without_brightness_windows_show_shapes(make):
+    module = make(brightness=False)
+    assert (module.scene.image > 1).all()
+    shapes = np.log(module.scene.image.astype(np.float64))
+    shapes = (shapes - shapes.mean(0)).reshape(len(shapes), -1)
+    chosen = shapes[:, module.split.train]
+    expected = (shapes - chosen.mean(1, keepdims=True)) / chosen.std(1, keepdims=True)
+    np.testing.assert_allclose(module.scaled_image().reshape(len(shapes), -1), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"bands": [500, 900]}, {"other_bands": {"all": [400, 2500]}}])
+def test_shapes_need_all_bands(make, options):
+    with pytest.raises(ConfigError, match="brightness=false needs all bands of a spectrum; leave bands and other_ba"):
+        make(brightness=False, **options)
+
+
 def test_training_windows_show_training_labels_only(make):
     module = make()
     found = join(module.train_dataloader())

@@ -13,7 +13,6 @@ import numpy as np
 from vision_lowrank.data.modules import Loader, SceneDataModule
 from vision_lowrank.data.patches import EpochShuffle
 from vision_lowrank.data.scene import class_counts
-from vision_lowrank.data.spectral_shape import ShapePreprocessor
 from vision_lowrank.data.splits import Split
 from vision_lowrank.data.windows import SceneWindowModule
 from vision_lowrank.errors import SplitError
@@ -74,15 +73,12 @@ class FewLabelPatches(SceneDataModule):
 
     Args:
         steps: least batches of an epoch; training pixels are repeated, all equally often but for one, to fill them.
-        shape: leave the brightness of spectra out, see `spectral_shape`.
         options: as for `SceneDataModule`.
     """
 
-    def __init__(self, steps: int, shape: bool, **options: Any) -> None:
+    def __init__(self, steps: int, **options: Any) -> None:
         super().__init__(**options)
         self.steps = steps
-        if shape:
-            self.preprocessor = ShapePreprocessor(options["components"], options["whiten"])
 
     def train_dataloader(self) -> Loader:
         """Returns the training pixels, repeated, in an order that seed and epoch tell."""

@@ -46,6 +46,7 @@ class SceneDataModule(L.LightningDataModule):
         evaluation_batch_size: of validation, test and prediction.
         seed: of split and order of training samples.
         num_workers: loader processes; patches are cheap, 0 is fastest on most machines.
+        brightness: false leaves the brightness of spectra out, see `spectral_shape`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class SceneDataModule(L.LightningDataModule):
         evaluation_batch_size: int,
         seed: int,
         num_workers: int = 0,
+        brightness: bool = True,
     ) -> None:
         super().__init__()
         self.card = load_card(card)
@@ -70,7 +72,7 @@ class SceneDataModule(L.LightningDataModule):
         self.evaluation_batch_size = evaluation_batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.preprocessor = ScenePreprocessor(components, whiten)
+        self.preprocessor = ScenePreprocessor(components, whiten, brightness)
         self.scene: Scene
         self.split: Split
         self.cube: Tensor

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from sklearn.decomposition import PCA
 
+from vision_lowrank.data.spectral_shape import spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -24,15 +25,17 @@ class ScenePreprocessor:
     Args:
         components: principal components to keep, or None for all bands, standardised.
         whiten: scale the components to unit variance on the training pixels.
+        brightness: keep it; without, spectra are first replaced by their `spectral_shape`.
     """
 
-    def __init__(self, components: int | None, whiten: bool) -> None:
+    def __init__(self, components: int | None, whiten: bool, brightness: bool = True) -> None:
         if components is not None and components < 1:
             raise ConfigError(f"components is {components}; give at least 1, or null for all bands")
         if whiten and components is None:
             raise ConfigError("whiten needs principal components; set components, or whiten to false")
         self.components = components
         self.whiten = whiten
+        self.brightness = brightness
         self.mean = np.empty(0, np.float32)
         self.gain = np.empty(0, np.float32)
         self.projection: np.ndarray | None = None
@@ -42,10 +45,17 @@ class ScenePreprocessor:
 
         Raises:
             ConfigError: more components than pixels or varying bands.
-            DataError: a value is NaN or infinite.
+            DataError: a value is NaN or infinite, or the values are too small for `spectral_shape`.
         """
         if not np.isfinite(spectra).all():
             raise DataError("training spectra hold NaN or infinite values; take pixels of the scene that are valid")
+        if not self.brightness:
+            if (spectra > 1).mean() < 0.5:
+                raise DataError(
+                    "brightness=false takes logarithms, but most values of the training spectra are 1 or less; give "
+                    "digital numbers or scaled reflectances, or brightness=true"
+                )
+            spectra = spectral_shape(spectra, axis=1)
         spectra = spectra.astype(np.float64)
         mean = spectra.mean(axis=0)
         spectra -= mean
@@ -95,14 +105,20 @@ class ScenePreprocessor:
         step = max(1, CHUNK_BYTES // (4 * channels * width))
         for start in range(0, height, step):
             rows = slice(start, start + step)
-            scaled = (image[:, rows] - self.mean[:, None, None]) * self.gain[:, None, None]
+            values = image[:, rows] if self.brightness else spectral_shape(image[:, rows], axis=0)
+            scaled = (values - self.mean[:, None, None]) * self.gain[:, None, None]
             result[:, rows] = scaled if self.projection is None else np.tensordot(self.projection, scaled, axes=1)
         return result
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the fitted arrays, float32: `mean` and `gain` (channels,), `projection` (components, channels)."""
+        """Returns the fitted arrays, float32: `mean` and `gain` (channels,), `projection` (components, channels).
+
+        Where brightness is left out, also `brightness`, false.
+        """
         state = {"mean": self.mean, "gain": self.gain}
-        return state if self.projection is None else {**state, "projection": self.projection}
+        if self.projection is not None:
+            state["projection"] = self.projection
+        return state if self.brightness else {**state, "brightness": np.array([False])}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> "ScenePreprocessor":
@@ -119,6 +135,7 @@ class ScenePreprocessor:
         if mean.shape != gain.shape or (projection is not None and projection.shape[1:] != mean.shape):
             raise DataError("preprocessing state: mean, gain and projection differ in channels")
         # a stored projection carries the whitening in its rows
-        preprocessor = cls(None if projection is None else len(projection), whiten=False)
+        brightness = bool(np.all(state.get("brightness", True)))
+        preprocessor = cls(None if projection is None else len(projection), False, brightness)
         preprocessor.mean, preprocessor.gain, preprocessor.projection = mean, gain, projection
         return preprocessor

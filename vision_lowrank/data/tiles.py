@@ -21,6 +21,7 @@ from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.readers.geo import read_bands
 from vision_lowrank.data.scene import Scene, open_scene
+from vision_lowrank.data.spectral_shape import spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class SceneTiles(TileSource):
         validation: share of the cells, at least one; 0 for none.
         test: likewise.
         seed: of the division.
+        brightness: false gives the `spectral_shape` of each pixel instead of its values.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class SceneTiles(TileSource):
         validation: float = 0.1,
         test: float = 0.1,
         seed: int = 0,
+        brightness: bool = True,
     ) -> None:
         super().__init__(size, stride, validation, test, seed)
         if cell < size or cell % size:
@@ -142,6 +145,7 @@ class SceneTiles(TileSource):
         self.card = load_card(card)
         self.root = root
         self.cell = cell
+        self.brightness = brightness
         self.scene: Scene | None = None
 
     def prepare(self) -> None:
@@ -182,12 +186,18 @@ class SceneTiles(TileSource):
         return {} if self.scene is None else self.scene.hashes
 
     def read(self, index: int) -> np.ndarray:
-        """Returns a tile, float32 (channels, size, size), NaN in every band of pixels that lack one."""
+        """Returns a tile, float32 (channels, size, size), NaN in every band of pixels that lack one.
+
+        Without brightness, values are logarithms.
+        """
         if self.scene is None:
             raise ConfigError("tiles: read before setup; call setup() first")
         row, column = self._places[index]
         window = (slice(row, row + self.size), slice(column, column + self.size))
-        return np.where(self.scene.valid[window], self.scene.image[:, *window], np.float32(np.nan))
+        values = self.scene.image[:, *window]
+        if not self.brightness:
+            values = spectral_shape(values, axis=0)
+        return np.where(self.scene.valid[window], values, np.float32(np.nan))
 
     def _tiles(self, corner: tuple[int, int], valid: np.ndarray, stride: int) -> tuple[list[tuple[int, int]], int]:
         """Returns the tiles of the cell at `corner` that hold a valid pixel, and how many others it has."""

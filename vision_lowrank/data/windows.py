@@ -87,6 +87,8 @@ class SceneWindowModule(SceneDataModule):
         other_bands: further ranges to predict on, by name: sensors that training has not seen.
         wavelengths: physical, or index: channels are told apart by their number among those of `bands` or of the other
             range, as in models with an embedding for each channel.
+        brightness: as for `SceneDataModule`; false takes a mean over all bands, so that neither `bands` nor
+            `other_bands` can be.
 
     Raises:
         ConfigError: an option is out of range.
@@ -106,13 +108,17 @@ class SceneWindowModule(SceneDataModule):
         bands: Sequence[float] | None = None,
         other_bands: Mapping[str, Sequence[float]] | None = None,
         wavelengths: Literal["physical", "index"] = "physical",
+        brightness: bool = True,
     ) -> None:
         if size < 1 or not 1 <= stride <= size:
             raise ConfigError(f"size is {size}, stride {stride}; give pixels, stride from 1 up to size")
         if wavelengths not in ("physical", "index"):
             raise ConfigError(f"wavelengths is {wavelengths!r}; it can be physical or index")
+        if not brightness and (bands is not None or other_bands):
+            raise ConfigError("brightness=false needs all bands of a spectrum; leave bands and other_bands null")
         super().__init__(
-            *(card, root, 2 * size - 1, None, False, split, batch_size, evaluation_batch_size, seed, num_workers)
+            *(card, root, 2 * size - 1, None, False, split, batch_size, evaluation_batch_size, seed, num_workers),
+            brightness,
         )
         self.size = size
         self.stride = stride
