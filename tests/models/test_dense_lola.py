@@ -7,10 +7,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_lowrank.adapters import GatedLoRA, LoRA, inject, merge_and_remove
-from vision_lowrank.models import LolaSpecViT
+from vision_lowrank.models import LolaSpecViT, dense_lola
 from vision_lowrank.models.dense_lola import DenseLola
 
 HEIGHT, WIDTH, CLASSES = 9, 7, 3
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Shares also where it does not pay on a CPU; returns how to choose as usual."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_lola, "CPU_SHARE", 1)
+        yield patch.undo
 
 
 def build(size, components=4, **options):
@@ -66,6 +74,22 @@ def test_every_pixel_as_its_patch_by_itself_at_every_patch_size(size):
     expected = by_patch(model, padded, size)
     assert expected.std() > 0.1
     torch.testing.assert_close(DenseLola(model)(padded), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "shares"), [(1, False), (5, False), (7, False), (9, False), (11, True), (13, True)])
+@torch.inference_mode()
+def test_the_stem_is_shared_where_that_pays(size, shares, always):
+    always()
+    model, padded = build(size), scene(size)
+    dense = DenseLola(model)
+    torch.testing.assert_close(dense(padded), by_patch(model, padded, size), atol=1e-4, rtol=0)
+    with FlopCounterMode(display=False) as apart:
+        by_patch(model, padded, size)
+    with FlopCounterMode(display=False) as found:
+        dense(padded)
+    # what follows the stem is the same
+    assert (found.get_total_flops() < apart.get_total_flops()) == shares
+    assert shares or found.get_total_flops() == apart.get_total_flops()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

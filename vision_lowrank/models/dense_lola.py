@@ -24,6 +24,9 @@ from vision_lowrank.models.lola_specvit import LolaSpecViT
 
 # patches at once on a CPU: their activations stay in its caches
 CPU_BATCH = 64
+# most classes along a side of a patch's map, as a share of its positions, with which sharing pays on a CPU: with 0.7
+# (patches of 9) it saves a third of the operations, but takes 1.3 to 2.4 times as long, with 1 up to eight times
+CPU_SHARE = 0.5
 # features of the class of positions (row, column), (1, channels, D, height, width)
 Maps = Mapping[tuple[int, int], Tensor]
 
@@ -31,7 +34,8 @@ Maps = Mapping[tuple[int, int], Tensor]
 class DenseLola(nn.Module):
     """Applies a model to the patch around every pixel; the same as patch by patch but for rounding.
 
-    Padded convolutions with adapters that are not merged are applied patch by patch, and so is all that precedes them.
+    Padded convolutions with adapters that are not merged are applied patch by patch, and so is all that precedes them;
+    likewise where the classes of positions are too many for sharing to pay.
 
     Args:
         model: in evaluation mode.
@@ -53,9 +57,16 @@ class DenseLola(nn.Module):
             image: (D, H + S - 1, W + S - 1); pixel (0, 0) is that of the patch in the upper left corner.
         """
         height, width = (side - self.model.img_size + 1 for side in image.shape[1:])
-        tokens = self._tokens(image, height, width) if self.shared else self._tokens_by_patch(image)
+        shared = self.shared and self._pays(image.device.type)
+        tokens = self._tokens(image, height, width) if shared else self._tokens_by_patch(image)
         batch = CPU_BATCH if image.device.type == "cpu" else len(tokens)
         return torch.cat([self._finish(part) for part in tokens.split(batch)]).unflatten(0, (height, width))
+
+    def _pays(self, device: str) -> bool:
+        """Tells whether maps of all classes cost less than the stem on each patch."""
+        side, depth = self.model.stem.map_size, sum(_padded(layer) for layer, *_ in self._layers)
+        classes = len({_class_of(position, side, depth) for position in range(side)})
+        return classes <= (CPU_SHARE * side if device == "cpu" else side - 1)
 
     def _finish(self, tokens: Tensor) -> Tensor:
         """Maps tokens of patches (batch, h, h, C) to logits or features (batch, ...)."""
