@@ -94,7 +94,7 @@ def test_without_brightness_shapes_are_scaled_and_projected(positive, components
 
 
 def test_reflectances_below_one_have_no_logarithms(positive):
-    with pytest.raises(DataError, match="most values of the training spectra are 1 or less; give digital numbers"):
+    with pytest.raises(DataError, match="most values of the spectra are 1 or less; give digital numbers"):
         ScenePreprocessor(None, whiten=False, brightness=False).fit(positive[1] / 1e5)
 
 

@@ -109,6 +109,13 @@ def test_tiles_without_brightness_hold_shapes(scene_tiles):
     np.testing.assert_allclose(shapes.read(3), expected - expected.mean(axis=0), atol=1e-5)
 
 
+def test_tiles_of_small_reflectances_have_no_shapes(tiny, tmp_path):
+    tiny.image[:] /= 1e6
+    source = SceneTiles(str(tiny.write()), str(tmp_path), size=4, stride=2, cell=8, brightness=False)
+    with pytest.raises(DataError, match="most values of the spectra are 1 or less"):
+        source.setup()
+
+
 def test_scene_tiles_are_slices_of_the_scene(scene_tiles, tiny):
     source = scene_tiles()
     assert source.bands.wavelengths.tolist() == [450, 550, 650, 750, 850, 950]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from sklearn.decomposition import PCA
 
-from vision_lowrank.data.spectral_shape import spectral_shape
+from vision_lowrank.data.spectral_shape import check_shapes, spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,7 @@ class ScenePreprocessor:
         if not np.isfinite(spectra).all():
             raise DataError("training spectra hold NaN or infinite values; take pixels of the scene that are valid")
         if not self.brightness:
-            if (spectra > 1).mean() < 0.5:
-                raise DataError(
-                    "brightness=false takes logarithms, but most values of the training spectra are 1 or less; give "
-                    "digital numbers or scaled reflectances, or brightness=true"
-                )
+            check_shapes(spectra)
             spectra = spectral_shape(spectra, axis=1)
         spectra = spectra.astype(np.float64)
         mean = spectra.mean(axis=0)

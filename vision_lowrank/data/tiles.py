@@ -21,7 +21,7 @@ from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.readers.geo import read_bands
 from vision_lowrank.data.scene import Scene, open_scene
-from vision_lowrank.data.spectral_shape import spectral_shape
+from vision_lowrank.data.spectral_shape import check_shapes, spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,8 @@ class SceneTiles(TileSource):
             return
         self.prepare()
         scene = open_scene(self.card, self.root)
+        if not self.brightness:
+            check_shapes(scene.image[:, scene.valid])
         self.bands, self.gsd = scene.bands, scene.gsd
         height, width = scene.valid.shape
         corners = [(row, column) for row in range(0, height, self.cell) for column in range(0, width, self.cell)]
