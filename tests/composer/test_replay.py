@@ -13,7 +13,7 @@ from vision_lowrank.composer.official import replay
 from vision_lowrank.errors import CheckpointError
 
 # of these the original's float32 run is further from its float64 run than the legend's tolerances
-UNTOLD = {
+NOISY = {
     "a": {f"iter0_grad_{name}" for name in ("total", "L_ce", "L_fill", "L_region")}
     | {"iter2_grad_total", "iter2_noise_pred"},
     "b": set(),
@@ -96,7 +96,7 @@ def rounding(replayed, case):
     return facts["fp32_vs_fp64_same_official_code"]
 
 
-def test_tensors_agree_with_the_original(replayed, case, rounding):
+def test_tensors_agree_with_the_original(replayed, exact, case, rounding):
     folder, found = replayed
     stored = load_file(folder / f"case_{case}.safetensors")
     assert stored.keys() - INPUTS <= found.keys()
@@ -104,10 +104,13 @@ def test_tensors_agree_with_the_original(replayed, case, rounding):
     shapes = {name: found[name].shape == stored[name].shape for name in errors}
     assert all(shapes.values()), shapes
     bounds = {name: tolerance(name, float(stored[name].abs().max())) for name in errors}
-    # where the original itself rounds by more, the next test tells
-    told = {name for name in errors if rounding[name]["max_abs_err"] <= bounds[name]}
-    assert errors.keys() - told <= UNTOLD[case]
-    assert not {name: errors[name] for name in told if not errors[name] <= bounds[name]}
+    noisy = {name for name in errors if rounding[name]["max_abs_err"] > bounds[name]}
+    assert noisy == NOISY[case]
+    for name in noisy:
+        # no further from what lies between the original's two runs; that these are its runs, the next test tells
+        value, ends = found[name].double(), torch.stack([exact[name], stored[name].double()])
+        errors[name] = float((value - value.clamp(ends.amin(0), ends.amax(0))).abs().max())
+    assert not {name: error for name, error in errors.items() if not error <= bounds[name]}
 
 
 def test_float64_tensors_are_those_of_the_original(replayed, exact, case, rounding):

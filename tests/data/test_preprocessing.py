@@ -85,10 +85,10 @@ def test_without_brightness_shapes_are_scaled_and_projected(positive, components
     reference = make_pipeline(*parts).fit(spectral_shape(spectra, axis=1).astype(np.float64))
     expected = apply_sklearn(reference, spectral_shape(image, axis=0))
     signs = np.sign((found * expected).sum(axis=(1, 2)))
-    assert np.allclose(found, signs[:, None, None] * expected, atol=2e-3)
+    assert np.allclose(found, signs[:, None, None] * expected, atol=1e-3)
     # a factor on a pixel falls out
     image[:, 3] *= 2
-    assert np.allclose(preprocessor.transform(image), found, atol=2e-3)
+    assert np.allclose(preprocessor.transform(image), found, atol=1e-3)
     again = ScenePreprocessor.from_state(preprocessor.state())
     assert np.array_equal(again.transform(image), preprocessor.transform(image))
 

@@ -46,6 +46,7 @@ class DenseLola(nn.Module):
         self.model = model
         layers = list(model.stem.convolutions)
         self._layers = list(zip(layers[::3], layers[1::3], layers[2::3], strict=True))
+        self._depth = sum(_padded(layer) for layer, *_ in self._layers)
         self.shared = all(isinstance(layer, nn.Conv3d) or not _padded(layer) for layer, *_ in self._layers)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -64,8 +65,8 @@ class DenseLola(nn.Module):
 
     def _pays(self, device: str) -> bool:
         """Tells whether maps of all classes cost less than the stem on each patch."""
-        side, depth = self.model.stem.map_size, sum(_padded(layer) for layer, *_ in self._layers)
-        classes = len({_class_of(position, side, depth) for position in range(side)})
+        side = self.model.stem.map_size
+        classes = len({_class_of(position, side, self._depth) for position in range(side)})
         return classes <= (CPU_SHARE * side if device == "cpu" else side - 1)
 
     def _finish(self, tokens: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class DenseLola(nn.Module):
 
     def _tokens(self, image: Tensor, height: int, width: int) -> Tensor:
         """Returns the tokens (H W, h, h, C), gathered from one map for each class of positions."""
-        side, depth = self.model.stem.map_size, sum(_padded(layer) for layer, *_ in self._layers)
+        side, depth = self.model.stem.map_size, self._depth
         maps = {
             place: self.model.stem.collapse(rearrange(features, "B C D y x -> B (C D) y x"))[0].permute(1, 2, 0)
             for place, features in self._features(image[None, None], side)
