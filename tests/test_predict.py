@@ -15,13 +15,17 @@ import rasterio
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rasterio.windows import Window
 from safetensors.numpy import load_file, save_file
 
+from vision_lowrank import pixel_predictor
 from vision_lowrank import predict as command
-from vision_lowrank import predictors
 from vision_lowrank.data import streams
 from vision_lowrank.errors import CheckpointError, ConfigError, DataError
+from vision_lowrank.fitting import restore_network
+from vision_lowrank.inference import predict_probabilities
+from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.prediction_files import Parts
@@ -104,7 +108,7 @@ def small_windows(monkeypatch):
     """Windows of 16 x 16 pixels and tiles of 8 x 8, so that a scene has borders of either inside."""
     monkeypatch.setattr(command, "SIDE", 16)
     monkeypatch.setattr(streams, "WINDOW_BYTES", 1)
-    monkeypatch.setattr(predictors, "TILE", 8)
+    monkeypatch.setattr(pixel_predictor, "TILE", 8)
 
 
 def predict(run, scene, out, *overrides):
@@ -262,6 +266,25 @@ def test_embeddings_of_patches_of_less_vit(window_run, scene, tmp_path):
         np.testing.assert_allclose(place, expected[:, : place.shape[1], : place.shape[2]], atol=1e-4)
 
 
+ADAPTED = ["regime=adapt", "adapter=gated_lora", "pretraining.epochs=1", "trainer.max_epochs=2"]
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("options", [[], ADAPTED], ids=["full", "adapters that cannot be merged"])
+def test_the_map_that_training_leaves_is_that_of_patches_by_themselves(options, scene, tmp_path):
+    run = run_of(scene, tmp_path, *PIXELS, *options)
+    config = OmegaConf.load(run / "config.yaml")
+    data = instantiate(config.data)
+    data.setup()
+    trained = restore_network(config, data, run)
+    expected = predict_probabilities(trained.task, data.predict_dataloader(), "32-true", "cpu").numpy()
+    assert expected.std() > 0.1
+    found = trained.predict(data, "32-true")[""]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    own = np.load(run / "prediction.npy")
+    assert np.mean(found.argmax(1) == own.flat) > 0.995
+
+
 @pytest.mark.parametrize("adapter", ["lora", "gated_lora"])
 def test_a_run_of_adapters(adapter, scene, tmp_path):
     short = ["regime=adapt", f"adapter={adapter}", "pretraining.epochs=1", "trainer.max_epochs=2"]
@@ -409,6 +432,7 @@ CHILD = """
 
     import torch
     from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
     from vision_lowrank import predict as command
     from vision_lowrank.console import run_as_command

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from vision_lowrank.adapters import freeze_except
@@ -34,7 +35,9 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.loss_watch import LossWatch
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.less_vit import LessViT
+from vision_lowrank.models.lola_specvit import LolaSpecViT
 from vision_lowrank.models.saved import load_saved
+from vision_lowrank.pixel_predictor import PixelPredictor
 from vision_lowrank.reporting import save_training_curves
 from vision_lowrank.runs import atomic_folder, process_rank, write_csv
 from vision_lowrank.tasks.adapter_training import (
@@ -46,6 +49,7 @@ from vision_lowrank.tasks.adapter_training import (
     put_adapters,
     save_adapters,
 )
+from vision_lowrank.tasks.frozen_stem import FrozenStemClassification
 from vision_lowrank.tasks.masked_pretraining import MaskedPretraining
 from vision_lowrank.tasks.scene_classification import CHOICE, SceneClassification
 
@@ -117,7 +121,17 @@ class Trained:
     device: str
 
     def predict(self, data: SceneDataModule, precision: str) -> dict[str, np.ndarray]:
-        """Returns probabilities as `fit_network` does."""
+        """Returns probabilities as `fit_network` does.
+
+        LoLA-SpecViT's are those of its dense form, but where the task remembers what its stem made of patches.
+        """
+        model = self.task.model
+        if isinstance(model, LolaSpecViT) and not isinstance(self.task, FrozenStemClassification):
+            predictor = PixelPredictor(model, False, precision, self.device)
+            with Progress(transient=True) as progress:
+                bar = progress.add_task("classifying pixels", total=data.scene.labels.size)
+                found = predictor(data.cube, 0, 0, lambda count: progress.advance(bar, count))
+            return {"": found.reshape(len(found), -1).T}
         return {
             name: data.assemble(predict_probabilities(self.task, loader, precision, self.device).numpy())
             for name, loader in data.predict_dataloaders().items()

@@ -8,6 +8,12 @@ from torch.utils.data import DataLoader
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Returns the context in which a model computes as in training with Lightning's precision string."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
+
+
 def predict_probabilities(
     model: nn.Module, loader: DataLoader[dict[str, Tensor]], precision: str, device: str
 ) -> Tensor:
@@ -23,10 +29,8 @@ def predict_probabilities(
         float32 (samples, classes, ...) on the CPU.
     """
     model.eval().to(device)
-    dtype = AUTOCAST.get(precision)
-    kind = torch.device(device).type
     parts = []
-    with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+    with torch.inference_mode(), autocast(device, precision):
         for batch in track(loader, "classifying pixels", transient=True):
             moved = {name: value.to(device) for name, value in batch.items()}
             parts.append(model(moved).float().softmax(dim=1).cpu())

@@ -1,9 +1,6 @@
 """Trained models as functions of a window of a scene, whose results do not depend on how the scene is cut."""
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -13,16 +10,11 @@ from torch import Tensor, nn
 from vision_lowrank.data.patches import gather_windows
 from vision_lowrank.data.windows import INDEX_START, INDEX_STEP
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.inference import AUTOCAST
+from vision_lowrank.inference import autocast
 from vision_lowrank.models import LolaSpecViT
-from vision_lowrank.models.dense_lola import DenseLola
 from vision_lowrank.models.heads import LessSegmentation
+from vision_lowrank.pixel_predictor import Advance, PixelPredictor
 from vision_lowrank.trained_run import TrainedRun
-
-# side in pixels of what the dense front-end is applied to at once
-TILE = 32
-
-Advance = Callable[[int], None]
 
 
 class Predictor(Protocol):
@@ -66,53 +58,6 @@ def make_predictor(run: TrainedRun, what: str, gsd: float, precision: str, devic
     if isinstance(run.model, LolaSpecViT):
         return PixelPredictor(run.model, embeddings, precision, device)
     return WindowPredictor(run, run.model, embeddings, gsd, precision, device)
-
-
-class PixelPredictor:
-    """LoLA-SpecViT: a result for each pixel, from the patch around it.
-
-    Args:
-        model: this and the other arguments as for `make_predictor`.
-        embeddings: features rather than probabilities.
-        precision: see there.
-        device: see there.
-    """
-
-    scale = 1
-
-    def __init__(self, model: LolaSpecViT, embeddings: bool, precision: str, device: str) -> None:
-        if embeddings:
-            model.reset_classifier(0)
-        self.margin = model.img_size // 2
-        self.outputs = model.num_features if embeddings else model.num_classes
-        self.embeddings = embeddings
-        self.precision = precision
-        self.device = device
-        self.dense = DenseLola(model).eval().to(device)
-
-    def __call__(self, image: Tensor, top: int, left: int, advance: Advance) -> np.ndarray:
-        """See `Predictor`."""
-        height, width = (side - 2 * self.margin for side in image.shape[1:])
-        found = torch.empty(self.outputs, height, width)
-        reach = TILE + 2 * self.margin
-        corners = [(row, column) for row in range(0, height, TILE) for column in range(0, width, TILE)]
-
-        def apply(corner: tuple[int, int]) -> Tensor:
-            row, column = corner
-            return self._apply(image[:, row : row + reach, column : column + reach])
-
-        with _each_alone(self.device) as pool:
-            for (row, column), values in zip(corners, pool.map(apply, corners), strict=True):
-                found[:, row : row + TILE, column : column + TILE] = values
-                advance(values.shape[1] * values.shape[2])
-        return found.numpy()
-
-    @torch.inference_mode()
-    def _apply(self, tile: Tensor) -> Tensor:
-        """Returns float32 (outputs, height, width) of a tile with its margin."""
-        with _autocast(self.device, self.precision):
-            values = self.dense(tile.to(self.device)).float()
-        return (values if self.embeddings else values.softmax(-1)).permute(2, 0, 1).cpu()
 
 
 class WindowPredictor:
@@ -198,7 +143,7 @@ class WindowPredictor:
         """Returns (windows, outputs, cells, cells) of windows at corners relative to the inside of the image."""
         windows = gather_windows(image, corners + self.margin, self.size).to(self.device)
         shared = [value.expand(len(corners), *value.shape) for value in self.shared]
-        with _autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             values: Tensor = self.model(windows, *shared).float()
         return (values if self.embeddings else values.softmax(dim=1)).cpu().numpy()
 
@@ -209,25 +154,3 @@ class _LastMap(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps maps (B, D, h, w) to the last of them."""
         return maps[-1]
-
-
-@contextmanager
-def _each_alone(device: str) -> Iterator[ThreadPoolExecutor]:
-    """Gives threads that compute side by side, each alone; one where the device is no processor.
-
-    A model of many small operations gains more by this than by sharing out each of them.
-    """
-    threads = torch.get_num_threads()
-    workers = threads if torch.device(device).type == "cpu" else 1
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # the number holds for threads to come, too
-        torch.set_num_threads(threads)
-
-
-def _autocast(device: str, precision: str) -> torch.autocast:
-    dtype = AUTOCAST.get(precision)
-    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
