@@ -1,9 +1,13 @@
 """Losses, averages and rates against diffusers' own schedule and formulas written out."""
 
+import copy
+
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.tasks.text_to_image import TextToImage, rise_hold_fall
@@ -99,6 +103,31 @@ def test_gradients_reach_both_networks_and_frozen_ones_take_no_part(pipeline, im
     pipeline.text_encoder.requires_grad_(True)
     task.loss(image, CAPTIONS, torch.tensor([5, 500, 900]), torch.randn(3, 12, 8, 8)).backward()
     assert pipeline.text_encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def train_one_step(pipeline, image, clip):
+    """Norm of the gradients that a step of mixed precision left, after clipping, and the task."""
+    task = TextToImage(pipeline, **OPTIONS)
+    trainer = L.Trainer(
+        accelerator="cpu", precision="bf16-mixed", max_steps=1, gradient_clip_val=clip, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader([{"image": image, "caption": CAPTIONS}], batch_size=None))
+    gradients = [weight.grad for weight in task.networks.parameters() if weight.grad is not None]
+    return float(torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()), task
+
+
+def test_gradients_are_clipped_before_a_fused_step_and_adamw_takes_it(pipeline, image):
+    whole, _ = train_one_step(copy.deepcopy(pipeline), image, None)
+    before = pipeline.unet.conv_in.weight.detach().clone()
+    clipped, task = train_one_step(pipeline, image, 0.01)
+    assert whole > 0.02
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert task.optimizers().param_groups[0]["fused"]
+    weight = pipeline.unet.conv_in.weight
+    # of the first step of Adam
+    expected = before - task.learning_rate * weight.grad / (weight.grad.abs() + 1e-8)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-7, rtol=0)
 
 
 def test_rate_rises_stays_and_falls():

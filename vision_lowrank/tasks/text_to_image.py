@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
@@ -184,7 +185,20 @@ class TextToImage(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW whose rate rises, stays and falls."""
         factor = rise_hold_fall(int(self.trainer.estimated_stepping_batches), self.warmup, self.cooldown)
-        return adamw(self.networks, self.learning_rate, self.weight_decay, factor)
+        fused = self.device.type == "cpu"
+        return adamw(self.networks, self.learning_rate, self.weight_decay, factor, fused=fused)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by norm before a fused step too: Lightning refuses it, for the sake of scaled gradients."""
+        if gradient_clip_val and optimizer.defaults["fused"] and gradient_clip_algorithm in (None, "norm"):
+            self.trainer.precision_plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def averaged_pipeline(self) -> Any:
         """Returns a pipeline that shares the averaged networks, or the trained ones where no average is kept."""
