@@ -52,13 +52,14 @@ def adamw(
     factor: Callable[[int], float],
     betas: tuple[float, float] = (0.9, 0.999),
     rate_ratio: float | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
 ) -> OptimizerLRSchedulerConfig:
     """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
 
     Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
     With `rate_ratio` the factors B of the model's LoRAs learn so many times as fast, see `lora_plus_groups`. `fused`
-    updates a parameter in one pass over memory: the same but for rounding, and several times as fast on CPUs.
+    updates a parameter in one pass over memory: the same but for rounding, and several times as fast on CPUs; None
+    leaves that to PyTorch.
 
     Raises:
         AdapterError: a ratio below 1, or for a model without such factors.

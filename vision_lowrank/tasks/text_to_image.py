@@ -185,7 +185,7 @@ class TextToImage(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW whose rate rises, stays and falls."""
         factor = rise_hold_fall(int(self.trainer.estimated_stepping_batches), self.warmup, self.cooldown)
-        fused = self.device.type == "cpu"
+        fused = True if self.device.type == "cpu" else None
         return adamw(self.networks, self.learning_rate, self.weight_decay, factor, fused=fused)
 
     def configure_gradient_clipping(
