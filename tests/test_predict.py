@@ -270,7 +270,11 @@ ADAPTED = ["regime=adapt", "adapter=gated_lora", "pretraining.epochs=1", "traine
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("options", [[], ADAPTED], ids=["full", "adapters that cannot be merged"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["data.patch_size=11"], ADAPTED],
+    ids=["patches by themselves", "a shared front-end", "adapters that cannot be merged"],
+)
 def test_the_map_that_training_leaves_is_that_of_patches_by_themselves(options, scene, tmp_path):
     run = run_of(scene, tmp_path, *PIXELS, *options)
     config = OmegaConf.load(run / "config.yaml")

@@ -58,8 +58,7 @@ def adamw(
 
     Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
     With `rate_ratio` the factors B of the model's LoRAs learn so many times as fast, see `lora_plus_groups`. `fused`
-    updates a parameter in one pass over memory: the same but for rounding, and several times as fast on CPUs; None
-    leaves that to PyTorch.
+    updates a parameter in one pass over memory, the same but for rounding; None leaves that to PyTorch.
 
     Raises:
         AdapterError: a ratio below 1, or for a model without such factors.
