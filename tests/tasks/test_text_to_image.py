@@ -6,7 +6,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from vision_lowrank.errors import ConfigError
@@ -103,6 +104,21 @@ def test_gradients_reach_both_networks_and_frozen_ones_take_no_part(pipeline, im
     pipeline.text_encoder.requires_grad_(True)
     task.loss(image, CAPTIONS, torch.tensor([5, 500, 900]), torch.randn(3, 12, 8, 8)).backward()
     assert pipeline.text_encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_all_attention_in_training_is_in_float32(pipeline, image):
+    class Formats(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is scaled_dot_product_attention:
+                found.append((torch.is_autocast_enabled("cpu"), args[0].dtype))
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    task = TextToImage(pipeline, **OPTIONS)
+    with torch.autocast("cpu", torch.bfloat16), Formats():
+        task.loss(image, CAPTIONS, torch.tensor([5, 500, 900]), torch.randn(3, 12, 8, 8)).backward()
+    assert len(found) == len(pipeline.unet.attn_processors) + 1
+    assert set(found) == {(False, torch.float32)}
 
 
 def train_one_step(pipeline, image, clip):

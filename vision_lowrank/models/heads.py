@@ -18,6 +18,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers.fused_attention import fused_attention
 from vision_lowrank.models.less_vit import LessViT, Wavelengths
 
 CHANNELS_OF_A_GROUP = 8
@@ -51,7 +52,7 @@ class AttentiveChannelPool(nn.Module):
         query = self.query.expand(*tokens.shape[:2], -1, -1)
         mask = None if present is None else present[:, None, None]
         # the heads are queries of one attention, since all of them see the same keys
-        means = F.scaled_dot_product_attention(query, tokens, tokens, mask, scale=1.0)
+        means = fused_attention(query, tokens, tokens, mask, scale=1.0)
         out: Tensor = self.proj(torch.einsum("bnhd,hde->bnhe", means, self.value).flatten(2))
         return out
 

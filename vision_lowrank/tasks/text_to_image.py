@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers.fused_attention import FusedAttention
 from vision_lowrank.tasks.optimisation import adamw, check_loss
 
 # more than any training has, so that the seeds of two processes never meet
@@ -129,9 +130,10 @@ class TextToImage(L.LightningModule):
         """
         latents = self.pipeline.vae.encode(image)
         signal, deviation = (table[times, None, None, None] for table in (self.signal, self.noise))
-        velocity = self.networks["unet"](
-            signal * latents + deviation * noise, times, encoder_hidden_states=self.encode(captions)
-        ).sample
+        with FusedAttention():
+            velocity = self.networks["unet"](
+                signal * latents + deviation * noise, times, encoder_hidden_states=self.encode(captions)
+            ).sample
         errors = F.mse_loss(velocity.float(), signal * noise - deviation * latents, reduction="none").mean((1, 2, 3))
         # SNR + 1 = 1 / deviation^2, since the squares of signal and deviation add up to 1
         return (errors * (self.min_snr * self.noise[times].square()).clamp(max=1)).mean()

@@ -5,6 +5,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vision_lowrank.models.layers.embeddings import Rotation, rotate
+from vision_lowrank.models.layers.fused_attention import fused_attention
 from vision_lowrank.models.layers.kronecker_attention import Context
 
 
@@ -34,7 +35,7 @@ class JointAttention(nn.Module):
         if context.spectral is not None and context.spatial is not None:
             q, k = (_rotate_both(part, context.spectral, context.spatial) for part in (q, k))
         mask = _pair_mask(context, channels, positions)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = fused_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         out: Tensor = self.proj(rearrange(y, "b h (c n) e -> b c n (h e)", c=channels))
         return out
 

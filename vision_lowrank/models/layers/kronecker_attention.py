@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vision_lowrank.adapters import folded_weight
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.embeddings import Rotation, rotate
+from vision_lowrank.models.layers.fused_attention import fused_attention
 
 # what writing and reading back one number costs, in multiply-adds; measured on processors
 COST_OF_A_NUMBER = 24
@@ -168,7 +169,7 @@ class Branch(nn.Module):
         ranks = 1 if self.shared_values else self.rank
         v = rearrange(self.v(x), "b l (h r e) -> b r h l e", h=self.num_heads, r=ranks)
         v = v.expand(-1, self.rank, -1, -1, -1).flatten(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = fused_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return y.unflatten(1, (self.rank, self.num_heads))
 
 
