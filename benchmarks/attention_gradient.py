@@ -18,9 +18,7 @@ SIZES = {
     "LESS ViT, width 384: 64 channels": (16, 6, 65, 65, 4),
     "LESS ViT, width 384: 64 positions": (16, 6, 65, 65, 60),
     "LESS ViT, width 384: 196 positions": (16, 6, 197, 197, 60),
-    "sprites: 16 x 16 positions": (16, 4, 256, 256, 32),
-    "sprites: 16 x 16 positions, words": (16, 4, 256, 24, 32),
-    "sprites: 8 x 8 positions": (16, 4, 64, 64, 48),
+    "text of sprites: 24 words": (16, 4, 24, 24, 32),
     "Stable Diffusion: 32 x 32 positions": (1, 8, 1024, 1024, 80),
 }
 REPEATS = 7

@@ -16,14 +16,14 @@ from sklearn.svm import SVC
 from stripes import write_stripes
 
 from vision_lowrank import few_labels
-from vision_lowrank.data.few_labels import FewLabelPatches, FewLabelWindows, keep_labels
+from vision_lowrank.data.few_labels import FewLabelPatches, keep_labels
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.splits import Split, block_split, random_split
 from vision_lowrank.errors import ConfigError, DataError, SplitError
 from vision_lowrank.evaluation.metrics import Scores
 from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
 from vision_lowrank.few_labels import run_few_labels
-from vision_lowrank.few_labels_report import markdown_tables, read_runs, report, summary_rows
+from vision_lowrank.few_labels_report import chosen_runs, markdown_tables, read_runs, report, summary_rows
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.random_walk import random_walk
 
@@ -150,19 +150,6 @@ def test_an_epoch_has_its_steps_however_few_the_pixels_are(card):
     np.testing.assert_allclose(scale, image[whole.train].mean(0), rtol=1e-5)
 
 
-def test_training_windows_show_their_pixels_at_every_place(card):
-    split = {"kind": "random", "train": 0.3, "validation": 0.1}
-    options = {"size": 4, "stride": 4, "batch_size": 16, "evaluation_batch_size": 8, "seed": 0}
-    data = FewLabelWindows(card=str(card), root=str(card.parent), split=split, **options)
-    data.setup()
-    data.split = keep_labels(data.split, data.scene.labels, 3, 1)
-    labels = np.concatenate([batch["label"].numpy() for batch in data.train_dataloader()])
-    assert (labels != IGNORE).any(axis=(1, 2)).all()
-    for index in range(3):
-        # one pixel of the class, once at each of 4 x 4 places
-        np.testing.assert_array_equal((labels == index).sum(axis=0), 1)
-
-
 def test_a_run_of_each_method_on_one_division(root, card):
     folder = root / "blocks-4-seed0"
     results = {name: read_result(folder / name) for name in METHODS}
@@ -251,7 +238,8 @@ def test_parts_add_to_one_table(root, card):
                 ("random", "0.02", "2")]  # fmt: skip
     for name in ("svm", "svm + random walk"):
         assert [(kind, labels, count) for kind, labels, method, count in found if method == name] == expected
-    assert len(found) == 2 * (6 + 4)
+    assert len(found) == 2 * (6 + 4 + 1)
+    assert ("blocks", "4", "lola_or_svm", "1") in found
     tests = [read_result(root / f"random-2-seed{seed}" / "svm").scores["test"].oa for seed in (0, 1)]
     (row,) = [row for row in rows if (row["split"], row["labels"], row["method"]) == ("random", "2", "svm")]
     assert float(row["oa"]) == pytest.approx(np.mean(tests))
@@ -270,6 +258,7 @@ def test_parts_add_to_one_table(root, card):
         (["labels=[5,0]"], "labels has 0; give whole numbers"),
         (["labels=[1.0]"], "labels has 1.0; give whole numbers"),
         (["resume=somewhere"], "leave out resume"),
+        (["+benchmark.choices.best=[svm,forest]"], "benchmark.choices.best has forest, which is no method"),
         (["benchmark.data.windows.size=8"], "split.guard is 6; patches of 15 need 14"),
     ],
 )
@@ -314,7 +303,7 @@ def test_tables_say_what_the_runs_reached(tmp_path, capsys):
             write_run(tmp_path, method, "blocks", 10, seed, right, right - 1, transductive=method == "net")
     write_run(tmp_path, "svm", "blocks", 5, 0, 1)
     write_run(tmp_path, "svm", "random", 0.05, 0, 8)
-    report(tmp_path, "svm")
+    report(tmp_path, "svm", {})
     rows = {(row["split"], row["labels"], row["method"]): row for row in summary_rows(read_runs(tmp_path), "svm")}
     walks = [(kind, labels, f"{method} + random walk") for kind, labels, method in rows if "walk" not in method]
     assert set(rows) == {
@@ -361,4 +350,35 @@ def test_without_the_reference_there_is_no_difference(tmp_path):
 
 def test_an_empty_folder_has_no_table(tmp_path):
     with pytest.raises(DataError, match="no finished run"):
-        report(tmp_path, "svm")
+        report(tmp_path, "svm", {})
+
+
+def test_a_choice_is_the_method_that_is_best_on_the_validation_pixels_of_a_division():
+    def run(method, seed, validation, test, walk=False, kind="blocks"):
+        scores = {
+            part: Scores(oa, oa, None, (oa,), np.ones((1, 1)))
+            for part, oa in (("validation", validation), ("test", test))
+        }
+        facts = {"kind": kind, "labels": 5, "seconds": 10.0 * seed + len(method), "random_walk": walk}
+        facts["transductive"] = walk or method == "transduced"
+        return RunResult(f"{method} + random walk" if walk else method, seed, f"{kind}{seed}", 0.0, scores, facts)
+
+    results = [
+        run("net", 1, 0.6, 0.11), run("svm", 1, 0.7, 0.12), run("transduced", 1, 0.9, 0.13),
+        # of equals the first
+        run("svm", 2, 0.5, 0.21), run("net", 2, 0.5, 0.22),
+        # with the walk another one may be better
+        run("net", 1, 0.8, 0.31, walk=True), run("svm", 1, 0.7, 0.32, walk=True),
+        # no division with both
+        run("net", 3, 0.9, 0.41), run("svm", 3, 0.1, 0.42, kind="random"),
+    ]  # fmt: skip
+    found = chosen_runs(results, {"best": ["net", "svm"], "all": ["net", "svm", "transduced"]})
+    told = [
+        (one.method, one.seed, one.scores["test"].oa, one.facts["seconds"], one.facts["transductive"]) for one in found
+    ]
+    assert told == [
+        ("best", 1, 0.12, 26.0, False),
+        ("best", 2, 0.22, 46.0, False),
+        ("best + random walk", 1, 0.31, 26.0, True),
+        ("all", 1, 0.13, 46.0, True),
+    ]

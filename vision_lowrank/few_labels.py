@@ -89,9 +89,9 @@ def run_few_labels(config: DictConfig) -> Path:
             left = (time.perf_counter() - began) / done * (len(missing) - done) / 60
             told = (done, len(missing), kind, run.labels, seed, run.method, 100 * result.scores["test"].oa)
             logger.info("%d of %d: %s, %g labels, seed %d, %s: OA %.1f; about %.0f min left", *told, left)
-        report(root, config.benchmark.reference)
+        report(root, config.benchmark.reference, config.benchmark.choices)
     if not missing:
-        report(root, config.benchmark.reference)
+        report(root, config.benchmark.reference, config.benchmark.choices)
     return root
 
 
@@ -224,6 +224,9 @@ def _check(config: DictConfig) -> None:
     for name, options in known.items():
         if strange := [item for item in config[name] if item not in options]:
             raise ConfigError(f"{name} has {', '.join(map(str, strange))}; it can have {', '.join(options)}")
+    for name, members in config.benchmark.choices.items():
+        if strange := [item for item in members if item not in config.benchmark.methods]:
+            raise ConfigError(f"benchmark.choices.{name} has {', '.join(strange)}, which is no method")
     for name in (*known, "labels", "seeds"):
         values: Sequence[Any] = config[name]
         if not values or len(set(values)) < len(values):

@@ -1,7 +1,8 @@
 """Tables and curves of accuracy over the number of labels, from the runs that `few_labels` left in a folder."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from vision_lowrank.runs import atomic_path, write_csv
 logger = logging.getLogger(__name__)
 
 
-def report(root: Path, reference: str) -> None:
+def report(root: Path, reference: str, choices: Mapping[str, Sequence[str]]) -> None:
     """Writes `table.csv`, `table.md` and `curve.png` of all finished runs in a folder, and prints the tables.
 
     Args:
         root: holds KIND-LABELS-seed0/METHOD/metrics.json and so on.
         reference: method that the others are compared with, split by split.
+        choices: see `chosen_runs`.
 
     Raises:
         DataError: there is no finished run, or a file of one is damaged.
     """
-    results = read_runs(root)
+    runs = read_runs(root)
+    results = _in_order([*runs, *chosen_runs(runs, choices)])
     write_csv(root / "table.csv", summary_rows(results, reference))
     tables = markdown_tables(results, reference)
     with atomic_path(root / "table.md") as temporary:
@@ -53,11 +56,33 @@ def read_runs(root: Path) -> list[RunResult]:
     folders = [path.parent for path in sorted(root.glob("*-seed*/*/metrics.json"))]
     if not folders:
         raise DataError(f"{root}: no finished run; give it as runs_root and name to the benchmark few_labels first")
-    results = [read_result(folder / part) for folder in folders for part in (".", "random_walk")]
-    return sorted(
-        results,
-        key=lambda one: (_kind(one), isinstance(_labels(one), float), _labels(one), one.facts["random_walk"]),
-    )
+    return _in_order([read_result(folder / part) for folder in folders for part in (".", "random_walk")])
+
+
+def chosen_runs(results: Sequence[RunResult], choices: Mapping[str, Sequence[str]]) -> list[RunResult]:
+    """Returns for each division the result of the method that is best on its validation pixels, of equals the first.
+
+    Args:
+        results: runs with scores of "validation"; with a random walk and without are chosen from by themselves.
+        choices: the methods to choose from, by the name that the chosen one gets; divisions without all of them have
+            none.
+    """
+    divisions: dict[tuple[Any, ...], dict[str, RunResult]] = {}
+    for one in results:
+        key = (_kind(one), _labels(one), one.seed, one.facts["random_walk"])
+        divisions.setdefault(key, {})[one.method.partition(" + ")[0]] = one
+    found = []
+    for name, methods in choices.items():
+        for runs in divisions.values():
+            if not all(method in runs for method in methods):
+                continue
+            best = max((runs[method] for method in methods), key=lambda one: one.scores["validation"].oa)
+            # all of them had to be trained
+            facts = {**best.facts, "seconds": sum(runs[method].facts["seconds"] for method in methods)}
+            facts["transductive"] = any(runs[method].facts["transductive"] for method in methods)
+            walk = " + random walk" if best.facts["random_walk"] else ""
+            found.append(replace(best, method=f"{name}{walk}", facts=facts))
+    return found
 
 
 def summary_rows(results: Sequence[RunResult], reference: str) -> list[dict[str, Any]]:
@@ -171,6 +196,13 @@ def _curve(runs: Sequence[RunResult]) -> Curve:
 
 def _of(runs: Sequence[RunResult], method: str) -> list[RunResult]:
     return [one for one in runs if one.method == method]
+
+
+def _in_order(results: Sequence[RunResult]) -> list[RunResult]:
+    return sorted(
+        results,
+        key=lambda one: (_kind(one), isinstance(_labels(one), float), _labels(one), one.facts["random_walk"]),
+    )
 
 
 def _kind(result: RunResult) -> str:

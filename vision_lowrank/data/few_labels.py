@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 
 from vision_lowrank.data.modules import Loader, SceneDataModule
-from vision_lowrank.data.patches import EpochShuffle
 from vision_lowrank.data.scene import class_counts
 from vision_lowrank.data.splits import Split
-from vision_lowrank.data.windows import SceneWindowModule
 from vision_lowrank.errors import SplitError
-from vision_lowrank.processes import SharedBatches
 
 
 def check_kept(kept: float | int) -> None:
@@ -84,12 +81,3 @@ class FewLabelPatches(SceneDataModule):
         """Returns the training pixels, repeated, in an order that seed and epoch tell."""
         pixels = self.split.train
         return self._shuffled(np.resize(pixels, max(len(pixels), self.steps * self.batch_size)))
-
-
-class FewLabelWindows(SceneWindowModule):
-    """Windows of one scene; those for training lie at every place with a training pixel, not on a grid."""
-
-    def train_dataloader(self) -> Loader:
-        """Returns the windows with a training pixel, in an order that seed and epoch tell."""
-        dataset = self._windows(self._seeing(self.split.train, 1), self.split.train, "")
-        return self._batched(dataset, SharedBatches(EpochShuffle(len(dataset), self.seed), self.batch_size))

@@ -76,7 +76,7 @@ class SceneWindowModule(SceneDataModule):
         card: this and `root` as for `SceneDataModule`.
         root: see there.
         size: side of a window in pixels.
-        stride: pixels from one window to the next, in training and prediction.
+        stride: pixels from one window to the next in prediction; those for training lie at every place.
         split: as for `SceneDataModule`, like what follows up to `num_workers`.
         batch_size: see there.
         evaluation_batch_size: see there.
@@ -175,7 +175,7 @@ class SceneWindowModule(SceneDataModule):
         return mean
 
     def _shuffled(self, indices: np.ndarray) -> Loader:
-        dataset = self._windows(self._seeing(indices, self.stride), indices, "")
+        dataset = self._windows(self._seeing(indices, 1), indices, "")
         return self._batched(dataset, SharedBatches(EpochShuffle(len(dataset), self.seed), self.batch_size))
 
     def _dataset(self, indices: np.ndarray) -> WindowDataset:  # type: ignore[override]
