@@ -70,6 +70,13 @@ def test_elsewhere_it_is_plain_attention(dtype, wanted, queries):
     assert torch.equal(found, F.scaled_dot_product_attention(*parts))
 
 
+def test_autocast_leaves_float64_alone():
+    parts = draw(dtype=torch.float64)
+    with torch.autocast("cpu", BF16):
+        found = fused_attention(*parts)
+    assert torch.equal(found, F.scaled_dot_product_attention(*parts))
+
+
 def test_without_gradients_bf16_stays():
     parts = draw(dtype=BF16)
     with torch.no_grad(), Formats() as formats:

@@ -21,7 +21,9 @@ def fused_attention(
     (docs/speed.md): there what needs a gradient is computed in float32, unless queries are many and heads wide, and
     returned in the format it would have had.
     """
-    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    # autocast leaves float64 as it is
+    cast = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64
+    wanted = torch.get_autocast_dtype("cpu") if cast else query.dtype
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     few = query.shape[-2] * query.shape[-1] <= LONGEST
     if query.device.type != "cpu" or wanted != torch.bfloat16 or not (differentiated and few):
