@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from local_hub import Hub, HubHandler, HubServer
 
+from vision_lowrank.plots import figures
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
@@ -15,6 +17,21 @@ SHARED = REPOSITORY.parent / "shared"
 def repository() -> Path:
     """Root folder of this checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _coarse_pictures() -> Iterator[float]:
+    """Draws pictures at a quarter of their resolution, and gives the full one: at that they outlast the trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        full = figures.DPI
+        patch.setattr(figures, "DPI", full / 4)
+        yield full
+
+
+@pytest.fixture
+def full_resolution(_coarse_pictures: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws pictures at the resolution that users have."""
+    monkeypatch.setattr(figures, "DPI", _coarse_pictures)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_a_stem_that_remembers_changes_nothing(result, card, runs):
     assert np.mean(first == second) > 0.995
 
 
-def test_all_methods_share_base_and_splits(result, card, runs):
+def test_all_methods_share_base_and_splits(result, card, runs, full_resolution):
     root = runs / "adapter_comparison"
     (base,) = root.glob("base-*/model/model.safetensors")
     written = base.stat().st_mtime_ns

@@ -228,7 +228,7 @@ def test_it_goes_on_where_it_was_stopped(root, card, monkeypatch, caplog):
     assert json.loads(before[lost])["scores"] == json.loads(again[lost])["scores"]
 
 
-def test_parts_add_to_one_table(root, card):
+def test_parts_add_to_one_table(root, card, full_resolution):
     parts = ["methods=[svm]", "kinds=[random,blocks]", "labels=[2,0.02]", "seeds=[0,1]"]
     run_few_labels(configure(card, root.parent, *parts))
     with (root / "table.csv").open(newline="") as file:

@@ -10,6 +10,11 @@ from matplotlib.image import imread
 from vision_lowrank.plots import figures
 
 
+@pytest.fixture(autouse=True)
+def _as_users_see_them(full_resolution):
+    """Pictures themselves are tested at their full resolution."""
+
+
 @pytest.fixture
 def pixels_of():
     """Function that returns the (pixels, 2) rows and columns where a picture file has a colour."""

@@ -1,5 +1,6 @@
 """Training stopped within an epoch, or at its end, goes on as if it had never been stopped."""
 
+import functools
 import subprocess
 import sys
 from datetime import timedelta
@@ -40,6 +41,17 @@ def cut(patch, task, epoch, batch):
     patch.setattr(task, "training_step", training_step)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(repository, tmp_path_factory):
+    """Function that returns the checkpoint of a kind's training that nothing disturbed."""
+
+    @functools.cache
+    def trained(kind, *overrides):
+        return run(repository, tmp_path_factory.mktemp(kind), *overrides)
+
+    return trained
+
+
 def run(repository, root, *overrides):
     """Trains and returns the checkpoint of the end."""
     with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
@@ -59,7 +71,9 @@ def run(repository, root, *overrides):
         ("sprites", 0, 1, 2),
     ],
 )
-def test_a_cut_within_an_epoch_changes_nothing(repository, tmp_path, request, kind, workers, epoch, batch):
+def test_a_cut_within_an_epoch_changes_nothing(
+    repository, uninterrupted, tmp_path, request, kind, workers, epoch, batch
+):
     if kind == "sprites":
         pytest.importorskip("diffusers")
         from test_kills import SPRITES as overrides
@@ -69,7 +83,7 @@ def test_a_cut_within_an_epoch_changes_nothing(repository, tmp_path, request, ki
         overrides = request.getfixturevalue(kind)
         task = {"scene": SceneClassification, "tiles": HyperMAEPretraining}[kind]
     overrides = [*overrides, f"data.num_workers={workers}"]
-    expected = run(repository, tmp_path / "whole", *overrides)
+    expected = uninterrupted(kind, *overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "SAVE_EVERY", timedelta(0))
         cut(patch, task, epoch, batch)
