@@ -259,6 +259,8 @@ def test_parts_add_to_one_table(root, card, full_resolution):
         (["labels=[1.0]"], "labels has 1.0; give whole numbers"),
         (["resume=somewhere"], "leave out resume"),
         (["+benchmark.choices.best=[svm,forest]"], "benchmark.choices.best has forest, which is no method"),
+        (["benchmark.random_walk=null"], "benchmark.random_walk is null; leave it"),
+        (["benchmark.choices=null"], "benchmark.choices is null; for none give {}"),
         (["benchmark.data.windows.size=8"], "split.guard is 6; patches of 15 need 14"),
     ],
 )

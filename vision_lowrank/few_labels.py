@@ -224,6 +224,9 @@ def _check(config: DictConfig) -> None:
     for name, options in known.items():
         if strange := [item for item in config[name] if item not in options]:
             raise ConfigError(f"{name} has {', '.join(map(str, strange))}; it can have {', '.join(options)}")
+    for name, remedy in (("random_walk", "leave it: each run gives a second row"), ("choices", "for none give {}")):
+        if config.benchmark[name] is None:
+            raise ConfigError(f"benchmark.{name} is null; {remedy}")
     for name, members in config.benchmark.choices.items():
         if strange := [item for item in members if item not in config.benchmark.methods]:
             raise ConfigError(f"benchmark.choices.{name} has {', '.join(strange)}, which is no method")
