@@ -70,6 +70,7 @@ class Case:
     positions: int
     training: bool
     part: str
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Settings:
     channels: tuple[int, ...] = (2, 4, 13, 32, 64, 128, 202)
     positions: int = 197
     memory: tuple[int, ...] = (13, 64, 202)
-    formats: int = 64
+    # samples, channels, positions of what is timed in bf16, too; the first also compiled
+    formats: tuple[tuple[int, int, int], ...] = ((1, 64, 197), (16, 13, 65), (64, 13, 5))
     compiled_dim: int = 384
     seconds: float = 0.8
 
@@ -93,7 +95,7 @@ class Settings:
                         yield Case(dim, channels, self.positions, training, part)
 
 
-QUICK = Settings((384,), (2, 4), 50, (4,), 4, 384, 0.1)
+QUICK = Settings((384,), (2, 4), 50, (4,), ((1, 4, 50), (4, 3, 5)), 384, 0.1)
 Times = dict[str, float]
 
 
@@ -171,7 +173,7 @@ def operations(name: str, case: Case) -> float:
     pairs = {"channel-wise": case.positions, "joint": tokens}
     attention = tokens * (8 * square + 4 * pairs[name] * case.dim if name in pairs else 3 * square)
     forward = attention + (4 * MLP_RATIO * tokens * square if case.part == "block" else 0)
-    return forward * (3 if case.training else 1)
+    return case.batch * forward * (3 if case.training else 1)
 
 
 def call(module: nn.Module, x: Tensor, training: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -210,7 +212,7 @@ def race(calls: dict[str, Callable[[], object]], seconds: float) -> Times:
 
 def grid(case: Case) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(1, case.channels, case.positions, case.dim)
+    return torch.randn(case.batch, case.channels, case.positions, case.dim)
 
 
 def runners(case: Case, built: dict[str, dict[str, nn.Module]]) -> dict[str, Callable[[], object]]:
@@ -234,9 +236,9 @@ def check(calls: dict[str, Callable[[], object]]) -> None:
 
 def format_times(settings: Settings, dim: int, compiled: bool, report: Callable[[Case, int, Times], None]) -> None:
     """Races ours and the plain one against themselves, in bf16 or compiled (whole blocks, which take long enough)."""
-    parts = ("block",) if compiled else tuple(PARTS)
-    for part, training, rank in itertools.product(parts, MODES, RANKS):
-        case = Case(dim, settings.formats, settings.positions, training, part)
+    parts, grids = (("block",), settings.formats[:1]) if compiled else (tuple(PARTS), settings.formats)
+    for (batch, channels, positions), part, training, rank in itertools.product(grids, parts, MODES, RANKS):
+        case = Case(dim, channels, positions, training, part, batch)
         x, calls = grid(case), dict[str, Callable[[], object]]()
         for name in ("ours", "plain"):
             module, other = (build(f"{name} r{rank}", dim)[part] for _ in range(2))
@@ -352,14 +354,15 @@ def contest_table(found: list[tuple[Case, Times]]) -> str:
 
 def format_table(found: list[tuple[Case, int, Times]], name: str) -> str:
     """Returns times in float32 and in another format or compiled."""
-    columns = ["part", "mode", "D", "r", "ours", f"ours {name}", "times faster", "(a)", f"(a) {name}", "times faster"]
+    columns = ["B", "C", "N", "part", "mode", "D", "r", "ours", f"ours {name}", "times faster", "(a)", f"(a) {name}"]
     rows = []
     for case, rank, times in found:
-        row = [case.part, MODES[case.training], str(case.dim), str(rank)]
+        row = [str(case.batch), str(case.channels), str(case.positions), case.part, MODES[case.training]]
+        row += [str(case.dim), str(rank)]
         for who in ("ours", "plain"):
             row += [number(times[who]), number(times[f"{who} other"]), number(ratio(times, who, f"{who} other"), 2)]
-        rows.append([*row, number(ratio(times, "plain other", "ours other"), 2)])
-    return table([*columns, f"(a)/ours {name}"], rows)
+        rows.append([*row, *(number(ratio(times, f"plain{kind}", f"ours{kind}"), 2) for kind in ("", " other"))])
+    return table([*columns, "times faster", "(a)/ours", f"(a)/ours {name}"], rows)
 
 
 def memory_table(found: list[tuple[Case, Times]]) -> str:
@@ -442,9 +445,9 @@ def report(settings: Settings) -> str:
         for training, mode in MODES.items():
             cases = [(case, times) for case, times in found if (case.part, case.training) == (part, training)]
             text.append(f"## {title}, {mode}\n\n{contest_table(cases)}")
-    text.append(f"## bf16 autocast, C = {settings.formats}\n")
+    text.append("## bf16 autocast, and small grids in batches\n\nB samples of C channels and N positions.\n")
     text.append(format_table(halves, "bf16") if halves else "This processor has no bf16 instructions.\n")
-    text.append(f"## torch.compile, C = {settings.formats}, float32\n")
+    text.append("## torch.compile, float32\n")
     text += [format_table(compiled, "compiled")] if compiled else []
     text += [f"{note}\n"] if note else []
     text.append("## Peak memory\n")
