@@ -1,7 +1,7 @@
 """The attention of LESS ViT beside a plain implementation, a channel-wise ViT and joint attention; see INTRODUCTION.
 
-python -m benchmarks.less_attention [--quick] [--output FILE] takes less than ten minutes on two cores. --quick is a
-smoke run of small sizes that only prints, unless a file is given. OMP_NUM_THREADS=1 on a busy machine: then it counts
+python -m benchmarks.less_attention [--quick] [--output FILE] takes about twenty minutes of one core. --quick is a smoke
+run of small sizes that only prints, unless a file is given. OMP_NUM_THREADS=1 on a busy machine: then it counts
 processor time.
 """
 

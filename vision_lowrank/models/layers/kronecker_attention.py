@@ -25,8 +25,8 @@ from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.embeddings import Rotation, rotate
 from vision_lowrank.models.layers.fused_attention import fused_attention
 
-# what writing and reading back one number costs, in multiply-adds, which half precision makes cheaper; measured on
-# processors over 316 sizes: the order with the least cost takes 1 to 8 % longer than the fastest, in the mean
+# what writing and reading back one number costs, in multiply-adds, which half precision makes cheaper; as measured on
+# processors, where the order of the least cost takes 1 to 7 % longer than the fastest (benchmarks/contraction_order.py)
 COST_OF_A_NUMBER, COST_OF_A_HALF = 40, 300
 
 # a folded weight is made for so many channels or positions at a time that it stays in the processor's cache
