@@ -1,8 +1,8 @@
 """The orders of contraction of LESS attention's output, and whether the one is taken that is fastest.
 
 OMP_NUM_THREADS=1 python -m benchmarks.contraction_order prints the table of docs/speed.md in three minutes:
-formats, widths, channels, positions, batches and ranks crossed, but for what is too large. It settled the costs of
-`contraction_order`.
+formats, widths, channels, positions, batches and ranks crossed, but for what is too large. It tells whether the costs
+of `contraction_order` are right.
 """
 
 import itertools

@@ -39,9 +39,9 @@ One block of LESS ViT (ours) is timed beside (a) a plain implementation of the s
 forms the Kronecker products with their rank axis, projects keys and values in the pools and runs the pools' linear
 layers one by one, (b) a channel-wise ViT block (timm's, attention over the positions within each channel) and (c) a
 block with joint attention over all channels and positions (PyTorch's fused attention). All get the same grid of C rows,
-a model's class row being one of them, and {positions} positions in batches of one; r is the rank, and the channel's
-share of a head's {width} numbers is {share}. Contestants take turns and the best of the repetitions counts; before they
-are timed, the output of (a) must agree with ours to {tolerance:g}.
+a model's class row being one of them, and {positions} positions in batches of one, but where a table tells otherwise; r
+is the rank, and the channel's share of a head's {width} numbers is {share}. Contestants take turns and the best of the
+repetitions counts; before they are timed, the output of (a) must agree with ours to {tolerance:g}.
 
 Forward runs without autograd; forward + backward differentiates the mean of squares by the input and all weights. Calls
 of more than about {limits[0]:.0f} GFLOP forward, or {limits[1]:.0f} with backward, are left out ("-"). Times are
@@ -246,6 +246,8 @@ def format_times(settings: Settings, dim: int, compiled: bool, report: Callable[
                 other.compile()
             calls[name] = partial(call, module, x, training)
             calls[f"{name} other"] = partial(call, other, x, training, None if compiled else torch.bfloat16)
+        if not training:
+            check({f"{name} r{rank}": calls[name] for name in ("ours", "plain")})
         report(case, rank, race(calls, settings.seconds))
         # the next one must not run into the limit of compilations of one function
         torch.compiler.reset()
