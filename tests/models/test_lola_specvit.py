@@ -121,6 +121,46 @@ def test_window_attention_without_gradients(size, window, dtype, tolerance):
     assert size == 1 or spread > 0.2, "values that hardly differ prove nothing"
 
 
+@pytest.mark.parametrize(("size", "window"), [(7, 7), (5, 3)])
+def test_gradients_of_window_attention_in_bfloat16_are_those_of_float64(size, window):
+    torch.manual_seed(0)
+    module = WindowAttention(32, 2, window, size)
+    nn.init.normal_(module.relative_bias)
+    x = torch.randn(4, size, size, 32, requires_grad=True)
+    probe = torch.randn(4, size, size, 32)
+    exact = copy.deepcopy(module).double()
+    twin = x.detach().double().requires_grad_()
+    wanted = torch.autograd.grad((slow_window_attention(exact, twin) * probe).sum(), [twin, *exact.parameters()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad((module(x).float() * probe).sum(), [x, *module.parameters()])
+    for ours, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), right, atol=0.02 * right.abs().max().item(), rtol=0)
+
+
+def test_dropped_attention_in_bfloat16_keeps_its_mean():
+    torch.manual_seed(0)
+    module = WindowAttention(16, 2, 7, 7, dropout=0.5)
+    x = torch.randn(1, 7, 7, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = module.eval()(x).float()
+        draws = module.train()(x.expand(4000, -1, -1, -1)).float()
+    assert draws.std(0).min() > 0.01
+    torch.testing.assert_close(draws.mean(0), whole[0], atol=0.02, rtol=0)
+
+
+def test_the_first_convolution_is_that_of_float32_under_autocast():
+    torch.manual_seed(0)
+    stem = SpectralStem(6, 9, (4, 8), (3, 3), 16).eval()
+    x = torch.randn(2, 6, 9, 9)
+    seen = []
+    stem.convolutions[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stem(x)
+    exact = stem.convolutions[0](x[:, None])
+    assert torch.equal(seen[0], exact.bfloat16())
+    assert not torch.equal(stem.convolutions[0].bfloat16()(x[:, None].bfloat16()), exact.bfloat16())
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="10 is no multiple of its 4 heads"):
         WindowAttention(10, 4, 7, 7)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vision_lowrank.adapters import AdaptedLayer
+from vision_lowrank.models.layers.spectral_stem import convolve_one_channel
 from vision_lowrank.models.lola_specvit import LolaSpecViT
 
 # patches at once on a CPU: their activations stay in its caches
@@ -99,7 +100,7 @@ class DenseLola(nn.Module):
         """Yields the classes of positions in a patch's map and their features after all 3D convolutions."""
         padded = [layers for layers in self._layers if _padded(layers[0])]
         for layer, norm, act in self._layers[: len(self._layers) - len(padded)]:
-            x = act(norm(layer(x)))
+            x = act(norm(layer(x) if x.shape[1] > 1 else convolve_one_channel(layer, x)))
         maps: Maps = {(0, 0): x}
         for depth, (layer, norm, act) in enumerate(padded, 1):
             classes = sorted({_class_of(position, side, depth) for position in range(side)})

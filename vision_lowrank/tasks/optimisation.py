@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 
+import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vision_lowrank.adapters.lora_plus import lora_plus_groups
@@ -52,13 +53,14 @@ def adamw(
     factor: Callable[[int], float],
     betas: tuple[float, float] = (0.9, 0.999),
     rate_ratio: float | None = None,
-    fused: bool | None = None,
+    fused: bool = False,
 ) -> OptimizerLRSchedulerConfig:
     """Returns what `configure_optimizers` of a LightningModule returns: AdamW, its rate scheduled a step at a time.
 
     Parameters with one axis and those that `model.no_weight_decay()` names are not decayed; frozen ones take no part.
     With `rate_ratio` the factors B of the model's LoRAs learn so many times as fast, see `lora_plus_groups`. `fused`
-    updates a parameter in one pass over memory, the same but for rounding; None leaves that to PyTorch.
+    updates a parameter in one pass over memory on processors too, the same but for rounding; such a task has to be a
+    `ClippedFused`.
 
     Raises:
         AdapterError: a ratio below 1, or for a model without such factors.
@@ -68,5 +70,24 @@ def adamw(
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spare())
     else:
         groups = lora_plus_groups(model, learning_rate, rate_ratio, weight_decay)
-    optimizer = AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=fused)
+    groups = [group for group in groups if group["params"]]
+    # elsewhere PyTorch knows best
+    on_processor = groups[0]["params"][0].device.type == "cpu"
+    optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused and on_processor else None)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+class ClippedFused(L.LightningModule):
+    """A task whose gradients can be clipped before a fused step."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by norm before a fused step too: Lightning refuses it, for the sake of scaled gradients."""
+        if gradient_clip_val and optimizer.defaults["fused"] and gradient_clip_algorithm in (None, "norm"):
+            self.trainer.precision_plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)

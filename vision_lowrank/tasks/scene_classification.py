@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -22,7 +21,7 @@ from vision_lowrank.processes import (
     share_of,
     total_over_processes,
 )
-from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
+from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, warmup_cosine
 
 # what the weights that are kept are chosen by, the larger the better
 CHOICE = "val/choice"
@@ -34,7 +33,7 @@ def standard_error(accuracy: float, pixels: int) -> float:
     return math.sqrt(share * (1 - share) / pixels)
 
 
-class SceneClassification(L.LightningModule):
+class SceneClassification(ClippedFused):
     """Cross-entropy on patches or windows under random symmetries; AdamW with warm-up and cosine.
 
     A sample's label is its class, or a map of classes with `IGNORE` where a pixel does not count.
@@ -243,4 +242,4 @@ class SceneClassification(L.LightningModule):
             factor: Callable[[int], float] = warmup_cosine(total, self.warmup)
         else:
             factor = CyclicalStrength(total, **self._cycles(total), warmup=round(self.warmup * total), rising=False)
-        return adamw(self.model, self.learning_rate, self.weight_decay, factor, rate_ratio=self.rate_ratio)
+        return adamw(self.model, self.learning_rate, self.weight_decay, factor, rate_ratio=self.rate_ratio, fused=True)

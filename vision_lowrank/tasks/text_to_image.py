@@ -6,17 +6,15 @@ diffusers is imported by who builds the pipeline, not here.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import FusedAttention
-from vision_lowrank.tasks.optimisation import adamw, check_loss
+from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss
 
 # more than any training has, so that the seeds of two processes never meet
 STEPS = 1_000_000_007
@@ -47,7 +45,7 @@ def rise_hold_fall(total_steps: int, warmup: float, cooldown: float) -> Callable
     return factor
 
 
-class TextToImage(L.LightningModule):
+class TextToImage(ClippedFused):
     """Trains UNet and text encoder of a pipeline to tell velocities of noised images from captions.
 
     An image x0 noised to a x0 + s e has the velocity a e - s x0 (progressive distillation, arXiv 2202.00512), whose
@@ -187,20 +185,7 @@ class TextToImage(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW whose rate rises, stays and falls."""
         factor = rise_hold_fall(int(self.trainer.estimated_stepping_batches), self.warmup, self.cooldown)
-        fused = True if self.device.type == "cpu" else None
-        return adamw(self.networks, self.learning_rate, self.weight_decay, factor, fused=fused)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by norm before a fused step too: Lightning refuses it, for the sake of scaled gradients."""
-        if gradient_clip_val and optimizer.defaults["fused"] and gradient_clip_algorithm in (None, "norm"):
-            self.trainer.precision_plugin.clip_grad_by_norm(optimizer, gradient_clip_val)
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        return adamw(self.networks, self.learning_rate, self.weight_decay, factor, fused=True)
 
     def averaged_pipeline(self) -> Any:
         """Returns a pipeline that shares the averaged networks, or the trained ones where no average is kept."""

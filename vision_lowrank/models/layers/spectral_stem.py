@@ -2,11 +2,28 @@
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.shared_norm import SharedBatchNorm3d
+
+
+def convolve_one_channel(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a 3D convolution of one channel; under autocast of a processor in float32, cast to autocast's format.
+
+    A product over so few numbers gains nothing from bf16 matrix instructions, and takes twice as long in their format.
+
+    Args:
+        layer: the convolution, perhaps with adapters.
+        x: (batch, 1, depth, height, width).
+    """
+    if not torch.is_autocast_enabled("cpu") or x.dtype == torch.float64:
+        return layer(x)
+    with torch.autocast("cpu", enabled=False):
+        y: Tensor = layer(x.to(next(layer.parameters()).dtype))
+    return y.to(torch.get_autocast_dtype("cpu"))
 
 
 class SpectralStem(nn.Module):
@@ -63,5 +80,8 @@ class SpectralStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, components, height, width) to (batch, dim, map, map)."""
-        features = self.convolutions(x.unsqueeze(1))
+        first, *others = self.convolutions
+        features = convolve_one_channel(first, x.unsqueeze(1))
+        for layer in others:
+            features = layer(features)
         return self.collapse(rearrange(features, "B C D h w -> B (C D) h w"))

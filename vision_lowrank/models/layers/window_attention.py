@@ -53,32 +53,31 @@ class WindowAttention(nn.Module):
         across = x.shape[1] // window
         windows = rearrange(x, "B (a w) (b v) C -> (B a b) (w v) C", w=window, v=window)
         q, k, v = rearrange(self.qkv(windows), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
-        bias = rearrange(self.relative_bias[self.bias_index], "n m h -> h n m").to(q.dtype)
+        bias = rearrange(self.relative_bias[self.bias_index], "n m h -> h n m")
         if self.padding_mask is not None:
             # (windows of one map, heads, queries, keys), repeated for each sample
-            bias = (bias + self.padding_mask[:, None, None, :].to(q.dtype)).repeat(x.shape[0], 1, 1, 1)
-        if self.training or torch.is_grad_enabled():
-            # a bias of three dimensions keeps PyTorch 2.14 to one kernel, whether the bias is trained or frozen
-            y = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
-        else:
-            y = _attend(q, k, v, bias if bias.ndim == 4 else bias[None])
+            bias = (bias + self.padding_mask[:, None, None, :]).repeat(x.shape[0], 1, 1, 1)
+        y = _attend(q, k, v, bias, self.dropout if self.training else 0.0)
         y = self.proj(rearrange(y, "b h n c -> b n (h c)"))
         y = rearrange(y, "(B a b) (w v) C -> B (a w) (b v) C", a=across, b=across, w=window)
         return y[:, :size, :size]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attends without gradients, by the kernel that is fastest for small windows.
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """Attends by what is fastest for small windows, in training too.
 
     In bfloat16 on processors, PyTorch 2.14 spends most of its time on the softmax, which is faster in float32.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, bias)
+        # with gradients, three dimensions of the bias keep PyTorch 2.14 to one kernel, whether it is trained or frozen
+        bias = bias.to(q.dtype) if torch.is_grad_enabled() or bias.ndim == 4 else bias[None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
     batch, heads, count, width = q.shape
     q, k, v = (x.reshape(batch * heads, count, width) for x in (q, k, v))
     products = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (batch, heads))
     # the sum takes its strides from the bias
     weights = torch.add(bias.contiguous(), products.float(), alpha=width**-0.5).softmax(-1).to(v.dtype)
+    weights = F.dropout(weights, dropout, dropout > 0)
     return torch.bmm(weights.flatten(0, 1), v).unflatten(0, (batch, heads))
 
 
