@@ -71,8 +71,8 @@ def adamw(
     else:
         groups = lora_plus_groups(model, learning_rate, rate_ratio, weight_decay)
     groups = [group for group in groups if group["params"]]
-    # elsewhere PyTorch knows best
-    on_processor = groups[0]["params"][0].device.type == "cpu"
+    # on other devices PyTorch knows best
+    on_processor = next(model.parameters()).device.type == "cpu"
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused and on_processor else None)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

@@ -69,8 +69,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
     In bfloat16 on processors, PyTorch 2.14 spends most of its time on the softmax, which is faster in float32.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
-        # with gradients, three dimensions of the bias keep PyTorch 2.14 to one kernel, whether it is trained or frozen
-        bias = bias.to(q.dtype) if torch.is_grad_enabled() or bias.ndim == 4 else bias[None].to(q.dtype)
+        bias = bias.to(q.dtype)
+        if bias.ndim == 3 and not torch.is_grad_enabled():
+            # with gradients three dimensions keep PyTorch 2.14 to one kernel, whether the bias is trained or frozen
+            bias = bias[None]
         return F.scaled_dot_product_attention(q, k, v, bias, dropout)
     batch, heads, count, width = q.shape
     q, k, v = (x.reshape(batch * heads, count, width) for x in (q, k, v))
