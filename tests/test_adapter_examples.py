@@ -62,6 +62,7 @@ def example(word):
 
 def test_files_of_examples_hold_what_was_trained(space, tmp_path):
     exec(example("type(method)"), space)
+    exec(example("balance_ranks"), space)
     exec(example("PEFT_METHODS"), space)
     # LoRA and rsLoRA write one name: the second stays
     ours, of_peft = space["models"][1:7], space["models"][7:]

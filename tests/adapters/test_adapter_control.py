@@ -151,6 +151,8 @@ def test_disabled(toy):
         with adapters.disabled(toy):
             pass
         assert torch.equal(toy(VOLUME), base)
+        with pytest.raises(AdapterError, match=r"leave the block of disabled"):
+            adapters.merge(toy)
     assert torch.equal(toy(VOLUME), full)
     adapters.merge(toy)
     with pytest.raises(AdapterError, match="cannot be disabled"), adapters.disabled(toy):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vision_lowrank import __version__, adapters
-from vision_lowrank.adapters import GatedLoRA, LoRA, inject, load_adapter, save_adapter
+from vision_lowrank.adapters import GatedLoRA, LoRA, export_lora, inject, load_adapter, save_adapter
 from vision_lowrank.errors import AdapterError
 
 
@@ -141,6 +141,72 @@ def test_ambiguous_paths_in_peft(ranks, tmp_path):
     x = torch.randn(3, 4)
     assert torch.equal(theirs(x), ours(x))
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(ranks)
+
+
+class LikeNames(nn.Module):
+    """A module to train, `head`, whose name ends another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.pre_head = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.pre_head(self.fc(x)))
+
+
+@pytest.mark.parametrize("targets", [["fc"], ["fc", "pre_head"]])
+def test_trained_module_that_peft_would_confuse_is_not_written_for_it(targets, tmp_path):
+    base = LikeNames()
+    ours = copy.deepcopy(base)
+    inject(ours, targets, LoRA(2, 4), train="head")
+    perturb(ours)
+    save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "VISION_LOWRANK"
+    load_adapter(base, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(base(x), ours(x))
+    with pytest.raises(AdapterError, match="would take 'pre_head' for 'head'"):
+        export_lora(ours, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_modules_that_peft_trained_by_the_ends_of_their_names(tmp_path):
+    base = LikeNames()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["fc"], modules_to_save=["head"])
+    )
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(base, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(base(x), theirs(x))
+
+
+def test_head_of_another_adapter_is_not_overwritten(toy, tmp_path):
+    base = copy.deepcopy(toy)
+    inject(toy, "mlp.0", LoRA(2, 4), train="head")
+    perturb(toy)
+    save_adapter(toy, tmp_path / "first")
+    with torch.no_grad():
+        toy.head.bias += 1
+    save_adapter(toy, tmp_path / "second")
+    load_adapter(base, tmp_path / "first", "first")
+    load_adapter(base, tmp_path / "first", "again")
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(AdapterError, match="other values of module 'head'"):
+        load_adapter(base, tmp_path / "second", "second")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
+
+
+def test_names_of_a_compiled_model_are_those_of_the_model(toy, tmp_path):
+    base = copy.deepcopy(toy)
+    inject(toy, "mlp.0", LoRA(2, 4), train="head")
+    perturb(toy)
+    save_adapter(torch.compile(toy), tmp_path)
+    load_adapter(base, tmp_path)
+    assert torch.equal(base(VOLUME), toy(VOLUME))
 
 
 def test_layers_with_and_without_rslora_in_one_file(tmp_path):

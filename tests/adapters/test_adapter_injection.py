@@ -135,13 +135,23 @@ def test_same_module_at_two_places_is_shared():
         inject(nn.Sequential(layer, layer), "0", LoRA(1, 1))
 
 
+def test_layer_in_a_block_registered_twice_is_one_place():
+    block = nn.Sequential(nn.Linear(4, 4))
+    model = nn.ModuleDict({"encoder": nn.Sequential(block), "blocks": nn.ModuleList([block])})
+    assert inject(model, "0.0", LoRA(1, 1)) == ["encoder.0.0"]
+    perturb(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(model["blocks"][0](x), model["encoder"](x))
+    assert not torch.equal(model["encoder"](x), block[0].base(x))
+
+
 def test_name_taken_and_bad_names(vit):
     inject(vit, "attn.qkv", LoRA(2, 4))
     with pytest.raises(AdapterError, match="has an adapter 'default' already"):
         inject(vit, ["fc1", "attn.qkv"], LoRA(2, 4))
     inject(vit, "attn.qkv", LoRA(2, 4), name="other")
     assert list(vit.blocks[0].attn.qkv.adapters) == ["default", "other"]
-    for name in ("a.b", "", "keys"):
+    for name in ("a.b", "", "keys", "training"):
         with pytest.raises(AdapterError, match="adapter name"):
             inject(vit, "fc1", LoRA(2, 4), name=name)
     adapters.merge(vit)
@@ -229,6 +239,29 @@ def test_freeze_statistics(toy):
     toy.train()
     toy(VOLUME)
     assert not torch.equal(toy.mix[1].running_mean, mean)
+
+
+def test_statistics_of_a_normalisation_without_parameters_go_with_what_is_around_it():
+    model = nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)),
+            "head": nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)),
+        }
+    )
+    adapters.freeze_statistics(model.train())
+    assert model["body"][1].training
+    assert model["head"][0].training
+    inject(model, "body.0", LoRA(2, 4), train="head")
+    adapters.freeze_statistics(model.train())
+    assert not model["body"][1].training
+    assert model["head"][0].training
+
+
+def test_no_target_leaves_the_model_as_it_was(vit):
+    with pytest.raises(AdapterError, match="no target"):
+        inject(vit, [], LoRA(2, 4), train="head")
+    inject(vit, "fc1", LoRA(2, 4))
+    assert not vit.head.weight.requires_grad
 
 
 def test_freeze_except_leaves_gradients_to_the_named_modules(vit):

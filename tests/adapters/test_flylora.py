@@ -11,6 +11,7 @@ from torch import nn
 
 from vision_lowrank import adapters
 from vision_lowrank.adapters import FlyLoRA, export_lora, inject
+from vision_lowrank.adapters.flylora import balance_ranks
 from vision_lowrank.errors import AdapterError
 
 KINDS = ["linear", "linear tokens, no bias", "conv1d", "conv2d", "conv2d dilated, reflected", "conv3d"]
@@ -165,11 +166,44 @@ def test_bias_moves_by_the_sign_of_the_missing_tokens_in_training_only(kind):
         mean = sum(counts) / 5
         bias = [value + 0.25 * ((mean > count) - (mean < count)) for value, count in zip(bias, counts, strict=True)]
         model(x)
+        balance_ranks(model)
         assert adapter.fly_d.tolist() == bias
     assert any(bias)
     model.eval()
     model(x)
+    balance_ranks(model)
     assert adapter.fly_d.tolist() == bias
+
+
+def test_tokens_of_all_forwards_of_a_step_count_together():
+    model, _ = adapted_layer("linear", FlyLoRA(2, 4, active=1, balance_rate=0.25))
+    adapter = model[0].adapters["default"]
+    adapter.fly_A.zero_()
+    adapter.fly_A[0, 0] = adapter.fly_A[1, 1] = 1.0
+    model.train()
+    first, second = torch.eye(6, dtype=torch.float64)[:2]
+    model(first.expand(3, 6))
+    model(second.expand(5, 6))
+    balance_ranks(model)
+    assert adapter.fly_d.tolist() == [0.25, -0.25]
+
+
+def test_checkpointed_activations_change_nothing(vit):
+    inject(vit, ["qkv", "fc1"], FlyLoRA(6, 12, active=2, balance_rate=0.1), train="head")
+    perturb(vit).train()
+    twin = copy.deepcopy(vit)
+    twin.set_grad_checkpointing()
+    for _ in range(3):
+        for model in (vit, twin):
+            model.zero_grad()
+            model(IMAGES).square().sum().backward()
+            balance_ranks(model)
+        for (name, ours), theirs in zip(vit.named_parameters(), twin.parameters(), strict=True):
+            if ours.requires_grad:
+                torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    bias = vit.blocks[0].mlp.fc1.adapters["default"].fly_d
+    assert bias.any()
+    assert torch.equal(bias, twin.blocks[0].mlp.fc1.adapters["default"].fly_d)
 
 
 def test_bias_brings_a_starved_rank_back():
@@ -188,6 +222,7 @@ def test_bias_brings_a_starved_rank_back():
     model.train()
     for _ in range(200):
         model(x)
+        balance_ranks(model)
     assert share() > 0.05
 
 
@@ -224,6 +259,7 @@ def test_bf16_autocast(vit):
     perturb(vit).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         vit(IMAGES).float().sum().backward()
+    balance_ranks(vit)
     adapter = vit.blocks[0].mlp.fc1.adapters["default"]
     assert adapter.fly_d.dtype == adapter.fly_B.weight.grad.dtype == torch.float32
     assert adapter.fly_d.count_nonzero() > 0

@@ -158,6 +158,13 @@ def test_refused():
     model[0].weight.grad = torch.full_like(model[0].weight, torch.nan)
     with pytest.raises(AdapterError, match="not finite"):
         inject(model, "0", start)
+    model[0].weight.grad.zero_()
+    with pytest.raises(AdapterError, match="gradient is, as behind a head whose weight is, zero"):
+        inject(model, "0", start)
+    zero = linear()
+    nn.init.zeros_(zero[0].weight)
+    with pytest.raises(AdapterError, match="its weight is zero"):
+        inject(zero, "0", LoRAXS(2, 2))
     with pytest.raises(AdapterError, match="got no loss"):
         lora_sb_gradients(model, "0", [])
     with pytest.raises(AdapterError, match="without gradient"):

@@ -372,6 +372,12 @@ def attention():
     return nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
 
 
+def with_zeros(rows):
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.data[:rows] = 0
+    return model
+
+
 REFUSED = [
     (make_vit, "randlor", {}, "near names: randlora"),
     (make_vit, "???", {}, "near names: lora, rslora"),
@@ -398,6 +404,8 @@ REFUSED = [
     (make_vit, "lora", {"targets": ["head", "qkv"], "train": "head"}, "leave out the target 'head'"),
     (two_heads, "lora", {"targets": "fc", "train": "head"}, "would train 'aux_head' with 'head'"),
     (attention, "lora", {"targets": "out_proj"}, "reads its weight without calling it"),
+    (lambda: with_zeros(1), "dora", {"targets": "0"}, "'0' has rows of zeros, by whose norm dora would divide"),
+    (lambda: with_zeros(8), "pissa", {"targets": "0"}, "weight of layer '0' is zero, and pissa of it could not learn"),
     (attention, "lora", {"targets": "mha"}, "a MultiheadAttention; adapters are for"),
 ]
 

@@ -122,6 +122,24 @@ def test_convolutions(kind):
     assert not model[0][1].training
 
 
+class LargeConv2d(nn.Conv2d):
+    """A convolution with a constructor of its own."""
+
+    def __init__(self, width):
+        super().__init__(width, width, 3)
+
+
+def test_a_convolution_with_its_own_constructor():
+    torch.manual_seed(3)
+    model = nn.Sequential(LargeConv2d(6))
+    plain = nn.Sequential(nn.Conv2d(6, 6, 3))
+    plain.load_state_dict(model.state_dict())
+    for either in (model, plain):
+        factorise(either, "0", 0.6)
+    x = torch.randn(2, 6, 5, 5)
+    assert torch.equal(model(x), plain(x))
+
+
 # the second reads qkv's weight and never calls the layer
 @pytest.mark.parametrize("kind", [VisionTransformer, Beit])
 def test_timm_models_work_and_only_the_factors_are_tuned(kind):

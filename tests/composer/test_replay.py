@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vision_lowrank.composer import losses, official
 from vision_lowrank.composer.lora_files import LowRank
@@ -71,10 +71,10 @@ def exact(replayed, case):
     kernel = doubled(folder / f"case_{case}.safetensors")["smoothing_kernel"]
 
     def merged(*parts):
-        return [
-            {name: merged_in_float32(weights[f"{name}.weight"], change) for name, change in lora.items()}
-            for lora in read(*parts)
-        ]
+        return {
+            concept: {name: merged_in_float32(weights[f"{name}.weight"], change) for name, change in lora.items()}
+            for concept, lora in read(*parts).items()
+        }
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(official, "load_file", doubled)
@@ -144,6 +144,52 @@ def test_losses_agree_with_the_original(replayed, case):
                 torch.testing.assert_close(found[f"iter{index}_{name}"], torch.tensor(value), rtol=1e-5, atol=1e-6)
                 compared += 1
     assert compared == 3 * 8
+
+
+@pytest.fixture
+def small(shared_path, tmp_path):
+    """Makes case q of case b: maps of 4 x 6 cells of the same UNet and texts, other boxes, concepts 1 and 2."""
+    folder = tmp_path / "fixture"
+    shutil.copytree(shared_path("golden", "composer"), folder, copy_function=shutil.copyfile)
+    tensors = load_file(folder / "case_b.safetensors")
+    facts = json.loads((folder / "case_b.json").read_text())
+    loras = load_file(folder / "lora_b.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("embeds_")}
+    kept["latents_initial"] = tensors["latents_initial"][:, :, :16, :24].contiguous()
+    save_file(kept, folder / "case_q.safetensors")
+    renamed = {name.replace("concept1", "concept2").replace("concept0", "concept1"): t for name, t in loras.items()}
+    save_file(renamed, folder / "lora_q.safetensors")
+
+    def make(boxes, iterations):
+        changes = {"boxes_fraction": boxes, "iterations_run": iterations, "region_to_concept": [2, 1]}
+        (folder / "case_q.json").write_text(json.dumps(facts | changes))
+        return replay(folder, "q")
+
+    return make
+
+
+def test_boxes_too_small_for_the_strongest_positions_have_zeros(small):
+    # 2 x 1 and 1 x 2 cells of the maps of 4 x 6, of which the share that counts is no whole cell
+    found = small([[0.0, 0.0, 0.5, 0.17], [0.5, 0.5, 0.75, 0.84]], 1)
+    for name, count in (("L_ce_terms", 4), ("L_region_terms", 2)):
+        assert found[f"iter0_{name}"].tolist() == [0.0] * count
+    assert not found["iter0_grad_L_ce"].any()
+    assert not found["iter0_grad_L_region"].any()
+    assert found["iter0_grad_total"].any()
+    assert torch.equal(found["iter0_grad_total"], found["iter0_grad_L_fill"])
+    assert found["iter0_total"] == found["iter0_L_fill"]
+
+
+def test_refinement_stops_for_good_when_the_loss_grows(small):
+    found = small([[0.0, 0.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]], 28)
+    totals = [found[f"iter{index}_total"].item() for index in range(int(found["refinements_done"]))]
+    assert 6 <= len(totals) <= 26
+    assert len(totals) == 26 or totals[-1] > totals[-2]
+    assert all(totals[index] <= totals[index - 1] for index in range(5, len(totals) - 1))
+    after = f"iter{len(totals)}"
+    assert f"{after}_grad_total" not in found
+    assert torch.equal(found[f"{after}_latents_in"], found[f"iter{len(totals) - 1}_latents_out"])
+    assert found["iter27_latents_out"].isfinite().all()
 
 
 def test_a_folder_that_lacks_a_case_is_named(tmp_path):

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vision_lowrank.adapters import DyLoRA, LoRA, LoRAXS, SoRA, count_parameters, inject, load_adapter
+from vision_lowrank.adapters import DyLoRA, FlyLoRA, LoRA, LoRAXS, SoRA, count_parameters, inject, load_adapter
 from vision_lowrank.adapters.peft_methods import PEFT_METHODS
 from vision_lowrank.errors import AdapterError, ConfigError
 from vision_lowrank.instantiate import instantiate
@@ -150,6 +150,25 @@ def test_the_proximal_step_follows_steps_and_not_batches():
     shrunk = F.softshrink(start, 0.5 * RATE)
     assert torch.equal(watch.seen[0], start)
     torch.testing.assert_close(watch.seen[1], shrunk)
+    assert torch.equal(watch.seen[2], watch.seen[1])
+    assert not torch.equal(watch.seen[3], watch.seen[1])
+
+
+def test_flyloras_biases_move_once_a_step_by_the_tokens_of_all_its_batches():
+    model = adapted(FlyLoRA(4, 8, active=1, balance_rate=0.25))
+    adapter = model.body.adapters["default"]
+    counts = []
+
+    def watch_counts(trainer, task):
+        counts.append(adapter.fly_counts.clone())
+        return adapter.fly_d.clone()
+
+    watch = Watch(watch_counts)
+    fit(make_task(model), 1, [AdapterTraining(), watch], size=64, accumulate_grad_batches=2)
+    assert not watch.seen[0].any()
+    assert counts[0].any()
+    assert not counts[1].any()
+    assert watch.seen[1].any()
     assert torch.equal(watch.seen[2], watch.seen[1])
     assert not torch.equal(watch.seen[3], watch.seen[1])
 

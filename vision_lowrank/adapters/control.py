@@ -95,6 +95,8 @@ def full_strength(model: nn.Module) -> Iterator[None]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Lets the model compute as its base inside the block.
 
+    Where activations are checkpointed, `backward` computes them anew and belongs in the block too.
+
     Raises:
         AdapterError: there are no adapters, or they are merged.
     """
@@ -121,6 +123,7 @@ def rows(model: nn.Module, weights: Tensor | Mapping[str, Tensor], windows: bool
     The contribution of an adapter to a sample is multiplied by the sample's weight for it, on top of the adapter's
     strength: with strengths of 1, sample i is what a batch of it alone gives after `set_strength(model, w, name)` for
     each of its weights w. Gradients reach the weights. Normalisations that mix samples while training mix these too.
+    Where activations are checkpointed, `backward` computes them anew and belongs in the block too.
 
     Args:
         model: a model with adapters, in training or evaluation.
@@ -166,8 +169,8 @@ def merge(model: nn.Module) -> None:
     The sum is computed at least in float32 and rounded once to the weight's precision. Merging twice is merging once.
 
     Raises:
-        AdapterError: there are no adapters, one of them cannot be merged, or rows have strengths of their own; nothing
-            is changed then.
+        AdapterError: there are no adapters, one of them cannot be merged, they are disabled, or rows have strengths of
+            their own; nothing is changed then.
     """
     layers = adapted_layers(model)
     check_mergeable(layers)

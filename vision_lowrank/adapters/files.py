@@ -19,6 +19,7 @@ from vision_lowrank.adapters.peft_layout import (
     PREFIX,
     check_layers_of_peft,
     methods_from_config,
+    named_like,
     same_in_peft,
     to_config,
 )
@@ -33,6 +34,8 @@ CONFIG = "adapter_config.json"
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Writes one adapter and the modules trained beside it; LoRA files are read by peft as they are.
 
+    But not where peft computes something else on a layer (see `export_lora`), or the name of a trained module is the
+    end of another's, which peft would take for it: those files say that they are for `load_adapter`.
     The strength is not written: a loaded adapter has strength 1, as at evaluation. Other methods are written with all
     they hold, for `load_adapter`; `export_lora` writes what peft reads.
 
@@ -44,6 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     Raises:
         AdapterError: no such adapter, or the adapters are merged.
     """
+    model = _plain(model)
     layers = _unmerged_layers(model, name)
     methods = {path: layer.methods[name] for path, layer in layers.items()}
     _write(model, folder, name, methods, {path: _stored(layer.by_name[name]) for path, layer in layers.items()})
@@ -62,10 +66,16 @@ def export_lora(model: nn.Module, folder: str | Path, name: str = "default") -> 
         name: the adapter to write.
 
     Raises:
-        AdapterError: no such adapter, the adapters are merged, a method is no product of two factors, or peft computes
-            something else on a layer (a convolution with groups, dilation or a padding mode).
+        AdapterError: no such adapter, the adapters are merged, a method is no product of two factors, peft computes
+            something else on a layer (a convolution with groups, dilation or a padding mode), or would take another
+            module for a trained one.
     """
+    model = _plain(model)
     layers = _unmerged_layers(model, name)
+    if pair := named_like(trained_modules(model, name), [path for path, _ in walk(model)]):
+        raise AdapterError(
+            f"peft, which compares ends of names, would take {pair[1]!r} for {pair[0]!r}: use save_adapter"
+        )
     methods: dict[str, Method] = {}
     tensors = {}
     for path, layer in layers.items():
@@ -99,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
     Raises:
         AdapterError: a file is missing or damaged, asks for a method unknown here, or does not belong to this model;
-            or the name is taken.
+            the name is taken; or a module that another adapter trained beside it would be overwritten.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -125,6 +135,13 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         state = model.get_submodule(path).state_dict()
         expected.update({f"{path}.{key}": tensor.shape for key, tensor in state.items()})
     _check_tensors(tensors, expected, source)
+    for path in set(heads).intersection(trained_modules(model)):
+        state = model.get_submodule(path).state_dict()
+        if not all(torch.equal(tensor.cpu(), tensors[f"{path}.{key}"]) for key, tensor in state.items()):
+            raise AdapterError(
+                f"{source}: holds other values of module {path!r} than the adapter that is there, and the model has "
+                "one such module: remove(model) first, or load each adapter into a model of its own"
+            )
 
     for path, adapter in built.items():
         # not a copy of each tensor: an adapter may check what it loads
@@ -135,6 +152,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             for key, target in model.get_submodule(path).state_dict().items():
                 target.copy_(tensors[f"{path}.{key}"])
     return list(methods)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Returns the model that `torch.compile` wrapped, whose names are those of the file, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _unmerged_layers(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
@@ -178,8 +200,8 @@ def _write(
 
 
 def _find_heads(model: nn.Module, names: list[str], keys: list[str]) -> list[str]:
-    """Returns the paths of the modules that `modules_to_save` names and the file holds."""
-    matches = [path for path, _ in walk(model) if any(path == name or path.endswith(f".{name}") for name in names)]
+    """Returns the paths of the modules that `modules_to_save` names, by their ends as in peft, and the file holds."""
+    matches = [path for path, _ in walk(model) if path.endswith(tuple(names))]
     return [path for path in matches if any(key.startswith(f"{path}.") for key in keys)]
 
 

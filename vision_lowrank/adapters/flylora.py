@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vision_lowrank.adapters.dylora import find_adapters
 from vision_lowrank.adapters.layers import Adapter, BaseLayer, Factor, apply_up, apply_weight, weight_product
 from vision_lowrank.adapters.methods import check_alpha, check_rank
 from vision_lowrank.adapters.nola import check_seed, layer_seed
@@ -22,10 +23,10 @@ class FlyLoRA:
     rows with the share k / r of entries that are not zero, these from :math:`N(0, 1 / r^2)`; B starts at zero and is
     all that is trained. In a convolution a token is an output position and A sees its receptive field.
 
-    The bias d, zero at first, keeps the ranks in use: in training mode each forward moves :math:`d_i` by
-    :math:`u\,\mathrm{sign}(\bar c - c_i)`, with :math:`c_i` the number of tokens that chose rank i and
-    :math:`\bar c` its mean. The paper's two published programs differ in the selection and the update; this follows
-    the formulas above in both, and passes the gradient on to x.
+    The bias d, zero at first, keeps the ranks in use: `balance_ranks`, after each step of the optimiser, moves
+    :math:`d_i` by :math:`u\,\mathrm{sign}(\bar c - c_i)`, with :math:`c_i` the number of tokens of the step that chose
+    rank i and :math:`\bar c` its mean. The paper's two published programs differ in the selection and the update; this
+    follows the formulas above in both, and passes the gradient on to x.
 
     The choice depends on the input, so a layer merges only with k = r, where this is a LoRA with A frozen. Adapters
     trained with one seed on one base share A.
@@ -83,10 +84,13 @@ class FlyLoRAAdapter(Adapter):
         fly_A: the frozen projection, (rank, in, *kernel).
         fly_B: the trained factor, (out, rank, 1, ...).
         fly_d: the balancing bias, (rank,) in float32, for its steps are too small for bfloat16.
+        fly_counts: tokens that chose each rank in training mode since d last moved, (rank,); not saved. Checkpointing
+            of activations computes a forward twice and counts twice, which leaves the sign of the move as it is.
     """
 
     fly_A: Tensor
     fly_d: Tensor
+    fly_counts: Tensor
 
     def __init__(self, base: BaseLayer, settings: FlyLoRA, seed: int) -> None:
         super().__init__(base)
@@ -96,6 +100,7 @@ class FlyLoRAAdapter(Adapter):
         projection = _sparse_random(settings.rank, math.prod(rest), settings.active, seed)
         self.register_buffer("fly_A", projection.view(-1, *rest).to(base.weight))
         self.register_buffer("fly_d", torch.zeros(settings.rank, device=base.weight.device))
+        self.register_buffer("fly_counts", torch.zeros_like(self.fly_d), persistent=False)
         self.fly_B = Factor(base.weight.new_zeros(out, settings.rank, *(1 for _ in rest[1:])))
 
     def forward(self, x: Tensor, y: Tensor, base: BaseLayer) -> Tensor:
@@ -125,15 +130,31 @@ class FlyLoRAAdapter(Adapter):
         return (self.fly_A, self.fly_B.weight, self.settings.scaling) if self.mergeable else None
 
     def _choose(self, h: Tensor) -> Tensor:
-        """Returns the mask m, 1 at the chosen ranks of each token, and in training mode moves the bias."""
+        """Returns the mask m, 1 at the chosen ranks of each token, and in training mode counts."""
         kernel = [1] * (self.fly_A.ndim - 2)
         axis = -1 - len(kernel)
         chosen = (h + self.fly_d.view(-1, *kernel)).abs().topk(self.settings.active, dim=axis).indices
         mask = torch.zeros_like(h).scatter(axis, chosen, 1.0)
         if self.training:
-            counts = mask.movedim(axis, -1).reshape(-1, self.settings.rank).sum(0, dtype=torch.float32)
-            self.fly_d += self.settings.balance_rate * torch.sign(counts.mean() - counts)
+            self.fly_counts += mask.movedim(axis, -1).reshape(-1, self.settings.rank).sum(0, dtype=torch.float32)
         return mask
+
+
+@torch.no_grad()
+def balance_ranks(model: nn.Module, name: str | None = None) -> None:
+    """Moves the biases d against what tokens chose since the last call; to be called after each step of the optimiser.
+
+    Args:
+        model: a model with FlyLoRA adapters.
+        name: the adapters to move; None moves all.
+
+    Raises:
+        AdapterError: there are no such adapters, or they are merged.
+    """
+    for *_, adapter in find_adapters(model, FlyLoRAAdapter, name):
+        counts = adapter.fly_counts
+        adapter.fly_d += adapter.settings.balance_rate * torch.sign(counts.mean() - counts)
+        counts.zero_()
 
 
 def _sparse_random(rank: int, inputs: int, active: int, seed: int) -> Tensor:

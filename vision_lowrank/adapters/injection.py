@@ -62,8 +62,10 @@ def attach(
     Raises:
         AdapterError: as `inject`.
     """
-    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise AdapterError(f"adapter name {name!r}: use a Python identifier that is no method of a dict")
+    if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"adapter name {name!r}: use a Python identifier that is no attribute of a ModuleDict")
+    if not methods:
+        raise AdapterError("no target: name at least one layer to adapt")
     layers = check_layers(model, list(methods))
     for path in methods:
         module = model.get_submodule(path)
@@ -159,9 +161,13 @@ def check_mergeable(layers: Mapping[str, AdaptedLayer]) -> None:
     """Checks all layers before the first is changed.
 
     Raises:
-        AdapterError: an adapter has no equivalent weight, or each row of the batch has its own.
+        AdapterError: an adapter has no equivalent weight, each row of the batch has its own, or none computes.
     """
     for path, layer in layers.items():
+        if not layer.active:
+            raise AdapterError(
+                f"layer {path!r} computes as its base: leave the block of disabled(model) before merging"
+            )
         if layer.row_strengths is not None:
             raise AdapterError(
                 f"layer {path!r} has strengths for each row, and one weight cannot serve all rows: leave the block of "
@@ -204,10 +210,21 @@ def freeze_statistics(model: nn.Module) -> None:
     """Puts normalisations with frozen parameters in evaluation mode; call it after each `model.train()`.
 
     Otherwise a frozen base drifts while its adapters train, and the adapter's file alone does not give the model back.
+    A normalisation without parameters is frozen unless all of the smallest module with parameters around it is trained.
     """
-    for module in model.modules():
-        if isinstance(module, _NormBase) and not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            trained = [parameter.requires_grad for parameter in module.parameters()]
+            if not (any(trained) if trained else _all_trained_around(model, path)):
+                module.eval()
+
+
+def _all_trained_around(model: nn.Module, path: str) -> bool:
+    while path:
+        path = path.rpartition(".")[0]
+        if trained := [parameter.requires_grad for parameter in model.get_submodule(path).parameters()]:
+            return all(trained)
+    return True
 
 
 def _freeze(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ class LoRAXS:
         """Makes the frozen factors and R, in float32 at least.
 
         Raises:
-            AdapterError: the rank is larger than the weight's, or there is no gradient to start from.
+            AdapterError: the rank is larger than the weight's, or there is no gradient to start from, or only zeros.
         """
         adapter = self.blank(base)
         matrix = base.weight if self.step is None else -self.step * _gradient(base).sign()
@@ -78,6 +78,12 @@ class LoRAXS:
             raise AdapterError(
                 f"LoRAXS rank={self.rank} on {base}: its weight has {min(matrix.shape)} singular values, give at most "
                 "that many"
+            )
+        if not matrix.any():
+            what = "weight is" if self.step is None else "gradient is, as behind a head whose weight is,"
+            raise AdapterError(
+                f"LoRAXS on {base}: its {what} zero and has no directions to start from: initialise the model at "
+                "random, or train it a little first"
             )
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         u, values, vh = u[:, : self.rank], values[: self.rank], vh[: self.rank]

@@ -49,7 +49,7 @@ def to_config(
     methods: Mapping[str, Method],
     layers: Mapping[str, BaseLayer],
     heads: Sequence[str],
-    all_paths: Iterable[str],
+    all_paths: Sequence[str],
 ) -> dict[str, Any]:
     """Describes adapters as the content of `adapter_config.json`.
 
@@ -61,7 +61,8 @@ def to_config(
     """
     loras = {path: method for path, method in methods.items() if isinstance(method, LoRA)}
     common = {"modules_to_save": list(heads) or None, "base_model_name_or_path": None, "inference_mode": True}
-    if len(loras) < len(methods) or not all(same_in_peft(layer) for layer in layers.values()):
+    readable = all(same_in_peft(layer) for layer in layers.values()) and not named_like(heads, all_paths)
+    if len(loras) < len(methods) or not readable:
         description = {path: describe(method) for path, method in methods.items()}
         return {"peft_type": OWN_TYPE, "vision_lowrank": __version__, "layers": description, **common}
 
@@ -159,6 +160,12 @@ def same_in_peft(layer: BaseLayer) -> bool:
     if isinstance(layer, nn.Linear):
         return True
     return layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+
+
+def named_like(heads: Sequence[str], all_paths: Iterable[str]) -> tuple[str, str] | None:
+    """Returns a module to train, and another whose name ends in its name: peft, which compares ends, takes both."""
+    pairs = ((head, path) for path in all_paths if path not in heads for head in heads if path.endswith(head))
+    return next(pairs, None)
 
 
 def _target_modules(paths: list[str], all_paths: Iterable[str]) -> list[str] | str:

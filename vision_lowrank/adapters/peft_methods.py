@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
 from vision_lowrank.adapters.methods import check_alpha, check_rank
+from vision_lowrank.adapters.peft_layout import named_like
 from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, walk
 from vision_lowrank.errors import AdapterError
 
@@ -248,6 +249,10 @@ def _check_layer(name: str, tuner: PeftMethod, rank: int, path: str, layer: Base
     if isinstance(layer, nn.Conv3d) and layer.kernel_size[:2] == (1, 1):
         # its special case for 1 x 1 kernels looks at the first two sides only
         raise AdapterError(f"layer {path!r} has the kernel {layer.kernel_size}, which peft cannot merge: {remedy}")
+    if tuner.fixed.get("use_dora") and not layer.weight.flatten(1).any(dim=1).all():
+        raise AdapterError(f"layer {path!r} has rows of zeros, by whose norm {name} would divide: {remedy}")
+    if tuner.fixed.get("init_lora_weights") == "pissa" and not layer.weight.any():
+        raise AdapterError(f"the weight of layer {path!r} is zero, and {name} of it could not learn: {remedy}")
     words, fits = tuner.rank_rule
     outputs, inputs = layer.weight.shape[:2]
     if not fits(rank, outputs, inputs):
@@ -265,12 +270,11 @@ def _check_heads(model: nn.Module, paths: Sequence[str], heads: Sequence[str]) -
                     f"module {head!r} is to be trained as a whole, but peft would then leave out the target {path!r}: "
                     "take one of the two out"
                 )
-        for path, _ in walk(model):
-            if path.endswith(head) and path not in heads:
-                raise AdapterError(
-                    f"peft would train {path!r} with {head!r}, since its name ends so: train both, or use "
-                    "adapters.inject"
-                )
+    if pair := named_like(heads, [path for path, _ in walk(model)]):
+        head, path = pair
+        raise AdapterError(
+            f"peft would train {path!r} with {head!r}, since its name ends so: train both, or use adapters.inject"
+        )
 
 
 def _check_rows(model: nn.Module, paths: Sequence[str], inputs: Iterable[Any], rank: int) -> None:

@@ -116,13 +116,16 @@ def check_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, BaseLayer]
         AdapterError: a layer is of a kind without adapters, its owner by-passes it, or its weight is shared with
             another layer or computed from other tensors.
     """
-    owners: dict[int, list[str]] = {}
+    # a block that is registered twice is one place: what holds the layer counts, not by which names it is reached
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[int, dict[tuple[int, str], str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        holder, _, child = name.rpartition(".")[0].rpartition(".")
+        owners.setdefault(id(parameter), {}).setdefault((id(modules[holder]), child), name)
     layers = {}
     for path in paths:
         layers[path] = layer = _check_kind(model, path)
-        if len(names := owners[id(layer.weight)]) > 1:
+        if len(names := owners[id(layer.weight)].values()) > 1:
             raise AdapterError(
                 f"the weight of layer {path!r} is shared ({', '.join(names)}): an adapter would change one place only; "
                 "leave the layer out of the targets or untie the weight"

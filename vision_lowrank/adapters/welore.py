@@ -115,7 +115,8 @@ def _factorised(layer: BaseLayer, rank: int) -> nn.Module:
     down, up = truncated_factors(weight.flatten(1), rank)
     if isinstance(layer, nn.Linear):
         return LowRankLinear(layer, down, up)
-    kind = type(layer)
+    # not its own class, whose constructor may take other arguments
+    kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
     first = kind(
         layer.in_channels,
         rank,

@@ -143,7 +143,8 @@ def centre_weight(height: int, width: int) -> Tensor:
 def evaluate(maps: Maps, tokens: Sequence[Sequence[int]], places: Places, constants: Constants) -> Losses:
     """Computes the losses of all regions.
 
-    A region without cells on these maps has no terms; one without positions outside it has no region loss.
+    A region without cells on these maps has no terms; one without positions outside it has no region loss. One too
+    small for the share that counts (`least` is 0) has zeros for the losses of the strongest positions.
 
     Args:
         maps: attention maps; those of self-attention are needed where the region loss has a weight.
@@ -163,7 +164,9 @@ def evaluate(maps: Maps, tokens: Sequence[Sequence[int]], places: Places, consta
             found = smooth(found, constants.smoothing)
         inside = found[..., top:bottom, left:right]
         count = max(int(constants.top * inside[0, 0].numel()), constants.least)
-        if constants.enhancement and count:
+        if constants.enhancement and not count:
+            enhancement.append(inside.new_zeros(inside.shape[:2]))
+        elif constants.enhancement:
             weighted = inside * centre_weight(*inside.shape[2:]).to(inside)
             strongest = weighted.flatten(2).topk(min(count, weighted[0, 0].numel()), sorted=False).values.mean(2)
             enhancement.append(constants.enhancement * (1 - strongest).clamp(min=0))
@@ -171,7 +174,9 @@ def evaluate(maps: Maps, tokens: Sequence[Sequence[int]], places: Places, consta
             lengths = (width, height) if constants.fill_mean == "separate" else (width + height,) * 2
             for terms, axis, length in zip((fill_x, fill_y), (2, 3), lengths, strict=True):
                 terms.append(constants.fill * (1 - inside.amax(axis)).abs().sum(2) / length)
-        if constants.region and count and maps.own is not None:
+        if constants.region and not count:
+            outside.append(inside.new_zeros(len(inside), 1))
+        elif constants.region and maps.own is not None:
             mask = places.masks[index]
             leaving = maps.own[:, mask][:, :, ~mask].flatten(1)
             if leaving.shape[1]:

@@ -16,7 +16,7 @@ from vision_lowrank.composer.attention import RegionalUNet, regional_unet
 from vision_lowrank.composer.layout import Box, Lora, Region, Scene, Text
 from vision_lowrank.composer.lora_files import LowRank
 from vision_lowrank.composer.losses import CONSTANTS, Losses, smooth, smoothing_kernel, token_maps
-from vision_lowrank.composer.sampler import Settings, measure, reinitialise
+from vision_lowrank.composer.sampler import Settings, goes_on, measure, reinitialise
 from vision_lowrank.errors import CheckpointError
 
 OFFICIAL = Settings(constants=replace(CONSTANTS["code"], least=0), cells="inner", overlaps="official")
@@ -34,7 +34,8 @@ def replay(folder: str | Path, case: str) -> dict[str, Tensor]:
 
     Returns:
         Tensors under the fixture's names, without the inputs; also the numbers of its `iterations`, as
-        `iter{i}_total`, `iter{i}_L_ce_terms` and so on.
+        `iter{i}_total`, `iter{i}_L_ce_terms` and so on, and `refinements_done`. Iterations after the original's rule
+        stopped the steps along the gradient have latents and predictions only.
 
     Raises:
         CheckpointError: a file is missing, damaged or lacks an entry.
@@ -47,7 +48,7 @@ def replay(folder: str | Path, case: str) -> dict[str, Tensor]:
         scene = _scene(case_file, facts, loras)
         initial = case_file["latents_initial"]
         scheduler = _scheduler(facts)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: case {case} cannot be read, {error!r}; give the folder as published"
         ) from error
@@ -80,34 +81,49 @@ def _start(model: RegionalUNet, scheduler: Any, latents: Tensor, out: dict[str, 
 def _iterations(
     model: RegionalUNet, scheduler: Any, latents: Tensor, facts: Mapping[str, Any], out: dict[str, Tensor]
 ) -> None:
-    constants = OFFICIAL.constants
+    totals: list[Tensor] = []
+    refining = True
     for index, timestep in enumerate(scheduler.timesteps[: facts["iterations_run"]]):
-        # attention written out as in the original, whose float32 rounding is in the stored gradients
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            leaf = latents.clone().requires_grad_()
-            losses, maps = measure(model, scheduler, leaf, timestep, constants)
-            terms = {"L_ce": losses.enhancement, "L_fill": losses.fill_x + losses.fill_y, "L_region": losses.region}
-            gradients = {name: _gradient(term, leaf) for name, term in terms.items()} if index == 0 else {}
-            gradient = _gradient(losses.total, leaf)
-        moved = latents - constants.step_at(index, len(scheduler.timesteps)) * gradient
-        prediction = model.noise(moved, timestep)
+        out[f"iter{index}_latents_in"] = latents
+        if refining:
+            latents = _refined(model, scheduler, latents, index, out)
+            totals.append(out[f"iter{index}_total"])
+            refining = bool(goes_on(totals, OFFICIAL.constants))
+        prediction = model.noise(latents, timestep)
         negative, positive = prediction.chunk(2)
         guided = negative + facts["guidance_scale"] * (positive - negative)
-        if index == 0:
-            out |= {f"iter0_grad_{name}": value for name, value in gradients.items()}
-            _keep_maps(model, maps.cross, out)
-            assert maps.own is not None
-            out["iter0_self_map"] = maps.own[0].detach().unflatten(1, maps.size).unflatten(0, maps.size)
-        out |= {f"iter{index}_{name}": value for name, value in _numbers(losses).items()}
-        out[f"iter{index}_latents_in"] = latents
-        out[f"iter{index}_grad_total"] = gradient
-        out[f"iter{index}_latents_after_guidance"] = moved
         out[f"iter{index}_noise_pred"] = prediction
-        latents = scheduler.step(guided, timestep, moved, return_dict=False)[0]
+        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
         out[f"iter{index}_latents_out"] = latents
+    out["refinements_done"] = torch.tensor(len(totals))
+
+
+def _refined(model: RegionalUNet, scheduler: Any, latents: Tensor, index: int, out: dict[str, Tensor]) -> Tensor:
+    """Returns the latents after step `index` along the gradient, and keeps what led to it."""
+    constants = OFFICIAL.constants
+    # attention written out as in the original, whose float32 rounding is in the stored gradients
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        leaf = latents.clone().requires_grad_()
+        losses, maps = measure(model, scheduler, leaf, scheduler.timesteps[index], constants)
+        terms = {"L_ce": losses.enhancement, "L_fill": losses.fill_x + losses.fill_y, "L_region": losses.region}
+        gradients = {name: _gradient(term, leaf) for name, term in terms.items()} if index == 0 else {}
+        gradient = _gradient(losses.total, leaf)
+    if index == 0:
+        out |= {f"iter0_grad_{name}": value for name, value in gradients.items()}
+        _keep_maps(model, maps.cross, out)
+        assert maps.own is not None
+        out["iter0_self_map"] = maps.own[0].detach().unflatten(1, maps.size).unflatten(0, maps.size)
+    out |= {f"iter{index}_{name}": value for name, value in _numbers(losses).items()}
+    out[f"iter{index}_grad_total"] = gradient
+    moved = latents - constants.step_at(index, len(scheduler.timesteps)) * gradient
+    out[f"iter{index}_latents_after_guidance"] = moved
+    return moved
 
 
 def _gradient(terms: Tensor, latents: Tensor) -> Tensor:
+    if not terms.requires_grad:
+        # no region has enough cells for these losses
+        return torch.zeros_like(latents)
     (gradient,) = torch.autograd.grad(terms.sum(), latents, retain_graph=True)
     return gradient
 
@@ -138,7 +154,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _loras(tensors: Mapping[str, Tensor], scale: float) -> list[dict[str, LowRank]]:
+def _loras(tensors: Mapping[str, Tensor], scale: float) -> dict[int, dict[str, LowRank]]:
     """Groups factors named `concept{i}.<module>_lora.down.weight` by concept and module."""
     found: dict[int, dict[str, LowRank]] = {}
     for name, down in tensors.items():
@@ -147,7 +163,7 @@ def _loras(tensors: Mapping[str, Tensor], scale: float) -> list[dict[str, LowRan
         if factor == "down.weight":
             up = tensors[f"{concept}.{module}_lora.up.weight"]
             found.setdefault(int(concept.removeprefix("concept")), {})[module] = LowRank(down, up, scale)
-    return [found[index] for index in sorted(found)]
+    return found
 
 
 def _unet(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
@@ -169,7 +185,9 @@ def _scheduler(facts: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def _scene(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], loras: Sequence[Mapping[str, LowRank]]) -> Scene:
+def _scene(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], loras: Mapping[int, Mapping[str, LowRank]]
+) -> Scene:
     regions = []
     for index, edges in enumerate(facts["boxes_fraction"]):
         lora: Lora = (loras[facts["region_to_concept"][index]], 1.0)

@@ -1,6 +1,7 @@
 """LoRA-Composer's sampling: lay out the noise, then, step by step, move the latent along the losses and denoise it."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,6 +201,18 @@ def guide(
     return total.detach(), gradient
 
 
+def goes_on(losses: Sequence[Tensor], constants: Constants) -> Tensor:
+    """Whether each image is moved again (S,), after steps along the gradient at which its losses were these."""
+    index = len(losses) - 1
+    going = torch.ones_like(losses[-1], dtype=torch.bool)
+    if index > 0 and index >= constants.patience:
+        # false for NaN too, so an image that stopped stays so
+        going = losses[-1] <= losses[-2]
+    if constants.last is not None and index >= constants.last:
+        going = torch.zeros_like(going)
+    return going
+
+
 def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     """Copies, for each region, the part of the latent that its concept attends to most into its box.
 
@@ -291,11 +304,7 @@ class _Guidance:
         self.losses[-1][self.active] = total.to(kind)
         moved = latents.clone()
         moved[self.active] -= _change(gradient, latents[self.active], self.constants, index, self.steps)
-        if index > 0 and index >= self.constants.patience:
-            # false for NaN too, so an image that stopped stays so
-            self.active &= self.losses[-1] <= self.losses[-2]
-        if self.constants.last is not None and index >= self.constants.last:
-            self.active.fill_(False)
+        self.active &= goes_on(self.losses, self.constants)
         return moved
 
 

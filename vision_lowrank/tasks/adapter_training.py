@@ -25,6 +25,7 @@ from vision_lowrank.adapters import (
     save_adapter,
 )
 from vision_lowrank.adapters.dylora import DyLoRAAdapter, sample_rank
+from vision_lowrank.adapters.flylora import FlyLoRAAdapter, balance_ranks
 from vision_lowrank.adapters.lora_pro import adjust_gradients
 from vision_lowrank.adapters.methods import Method
 from vision_lowrank.adapters.peft_methods import inject_peft
@@ -128,8 +129,8 @@ class AdapterTraining(Callback):
     """Does at each step what the model's adapters ask for; a model without such adapters trains as ever.
 
     DyLoRA gets its rank before each step, drawn from the task's seed and the step, so that a resumed run and all
-    processes draw the same. SoRA's gates take a proximal step after each step of the optimiser. LoRA-Pro replaces the
-    gradients before they are clipped.
+    processes draw the same. SoRA's gates take a proximal step after each step of the optimiser, and FlyLoRA's biases
+    move. LoRA-Pro replaces the gradients before they are clipped.
 
     Args:
         sparsity: weight of the sum of |gate| of SoRA in the loss; the threshold of the proximal step is this times the
@@ -165,10 +166,12 @@ class AdapterTraining(Callback):
         self.check(_model(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes the optimiser's steps be followed by the proximal one."""
-        if self.sparsity is None:
-            return
+        """Makes the optimiser's steps be followed by the proximal one, and by that of FlyLoRA's biases."""
         model, sparsity = _model(pl_module), self.sparsity
+        if _has(model, FlyLoRAAdapter):
+            trainer.optimizers[0].register_step_post_hook(lambda *_: balance_ranks(model))
+        if sparsity is None:
+            return
         gates = {module.sora_gate for module in model.modules() if isinstance(module, SoRAAdapter)}
 
         def shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
