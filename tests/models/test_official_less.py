@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.errors import CheckpointError, ConfigError, DataError
 from vision_lowrank.models import official
 
 
@@ -104,6 +104,51 @@ def test_masked_autoencoder(load, name):
         stored = others.get(f"out.grad.{ours[key]}")
         if stored is not None:
             close(parameter.grad.flatten(), stored.flatten(), key)
+
+
+def test_radar_has_the_wavelengths_of_the_original_and_an_image_needs_its_own(load):
+    state, others, spec = load("less_a")
+    encoder = official.less_vit(state, spec)
+    radar = others["in.radar"]
+    with torch.inference_mode():
+        close(encoder.forward_tokens(None, None, spec["spatial_resolution"], radar), others["out.radar_tokens"])
+    with pytest.raises(DataError, match="image channels .* come without wavelengths"):
+        encoder.forward_tokens(others["in.optical"], None, 10, radar)
+    with pytest.raises(DataError, match="neither an image nor radar"):
+        encoder.forward_tokens(None, None, 10)
+    state, others, spec = load("less_b")
+    with pytest.raises(DataError, match="radar channels .* come without wavelengths"):
+        official.less_vit(state, spec).forward_tokens(None, None, 10, radar)
+
+
+def test_scales_that_the_original_lacks_are_1(load):
+    state, others, spec = load("less_a")
+    image = others["in.optical"], others["in.optical_channel_wv"], spec["spatial_resolution"]
+    ones = {key: torch.ones_like(value) if ".ls" in key else value for key, value in state.items()}
+    bare = {key: value for key, value in state.items() if ".ls" not in key}
+    assert len(bare) == len(state) - 6
+    config = spec["config"] | {"init_values": None}
+    with torch.inference_mode():
+        expected = official.less_vit(ones, spec).forward_tokens(*image)
+        assert torch.equal(official.less_vit(bare, spec | {"config": config}).forward_tokens(*image), expected)
+
+
+def test_periods_of_another_base_are_refused(load):
+    state, _, spec = load("less_b")
+    name = next(key for key in state if "periods_hw" in key)
+    with pytest.raises(CheckpointError, match="holds other periods than powers of 100"):
+        official.less_vit(state | {name: state[name] * 1.5}, spec)
+
+
+def test_decoder_is_as_wide_inside_as_the_encoder(load):
+    state, _, spec = load("less_mae")
+    narrow = {}
+    for key, value in state.items():
+        if ".mlp.fc1." in key:
+            value = value[: len(value) // 2]
+        narrow[key] = value[:, : value.shape[1] // 2] if key.endswith(".mlp.fc2.weight") else value
+    model = official.hyper_mae(narrow, spec | {"config": spec["config"] | {"mlp_ratio": 2.0}}).model
+    assert torch.equal(model.decoder_blocks[0].mlp.fc1.weight, state["decoder.decoder_blocks.0.mlp.fc1.weight"][:64])
 
 
 def test_what_does_not_fit_is_refused(load):

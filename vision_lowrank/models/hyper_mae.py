@@ -126,7 +126,7 @@ class HyperMAE(nn.Module):
                     *(kind, decoder_dim, decoder_heads, decoder_channel_dim_per_head),
                     *(encoder.rank, encoder.shared_values, encoder.qkv_bias, 0.0),
                 ),
-                mlp_ratio=4.0,
+                encoder.mlp_ratio,
             )
             for _ in range(decoder_depth)
         )

@@ -170,6 +170,7 @@ class LessViT(
         self.num_features = embed_dim
         self.rank = rank
         self.shared_values = shared_values
+        self.mlp_ratio = mlp_ratio
         self.qkv_bias = qkv_bias
         self.attention = attention
         self.embedding = embedding

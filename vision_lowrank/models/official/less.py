@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_lowrank.errors import CheckpointError, ConfigError
+from vision_lowrank.errors import CheckpointError, ConfigError, DataError
 from vision_lowrank.models.hyper_mae import HyperMAE, Noise, Seen
 from vision_lowrank.models.layers.kronecker_attention import Context, LowRankAttention
 from vision_lowrank.models.less_vit import LessViT, Patches
@@ -28,6 +28,8 @@ _RENAMED = (
 )
 # the rotation's range is that of the data set in the original, whose loader scales wavelengths to it
 _SCALED = (0.0, 1.0)
+# what the original calls the wavelengths of radar channels, VV and VH
+_RADAR = (5500.0, 5700.0)
 
 
 class OfficialKroneckerAttention(nn.Module):
@@ -69,7 +71,11 @@ class OfficialLessViT(nn.Module):
     ) -> Tensor:
         """Maps images (B, C, H, W) and wavelengths to normalised tokens (B, 1 + C, 1 + N, D).
 
-        Wavelengths are in nanometres; with rotation, on the scale from 0 to 1 of the original's data set.
+        Wavelengths are in nanometres; with rotation, on the scale from 0 to 1 of the original's data set. Two radar
+        channels have the numbers of the original where none are given.
+
+        Raises:
+            DataError: channels without wavelengths.
         """
         return self.model.encode(_cut(self.model, image, wavelengths, gsd, radar, radar_wavelengths))
 
@@ -107,6 +113,10 @@ class OfficialHyperMAE(nn.Module):
             noise: for each pass, of channels (B, channels) and of positions (B or 1, N); the smallest are kept.
             radar: radar channels (B, C', H, W).
             radar_wavelengths: of theirs; by default those of the specification.
+
+        Raises:
+            ConfigError: not two noise tensors a pass, or nothing stays visible.
+            DataError: channels without wavelengths.
         """
         if radar is not None and radar_wavelengths is None and self.radar_wavelengths is not None:
             radar_wavelengths = torch.tensor(self.radar_wavelengths)
@@ -144,7 +154,7 @@ def kronecker_attention(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any
 def less_vit(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> OfficialLessViT:
     """Builds the original's encoder, in evaluation mode; arguments and errors as for `kronecker_attention`."""
     model = _encoder(spec)
-    _load(model, _converted(state_dict))
+    _load(model, _converted(state_dict, model))
     return OfficialLessViT(model).eval()
 
 
@@ -173,7 +183,7 @@ def hyper_mae(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Offi
         variance_floor=1e-6,
         decoder_rotation=False,
     )
-    _load(model, _converted(state_dict))
+    _load(model, _converted(state_dict, model))
     passes: Sequence[Seen] = ("optical", "radar", "multi") if spec.get("modal") is None else (spec["modal"],)
     return OfficialHyperMAE(model, passes, spec.get("radar_wavelengths")).eval()
 
@@ -208,10 +218,25 @@ def _config(spec: Mapping[str, Any], *needed: str) -> Mapping[str, Any]:
     return config
 
 
-def _converted(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights under our names, without the periods of rotations, which follow from the configuration."""
-    weights = {name: value for name, value in state_dict.items() if ".periods_" not in f".{name}"}
-    return {_rename(name): _reshape(name, value) for name, value in weights.items()}
+def _converted(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights under our names; the model's scales of layers, which are 1, where the original has none.
+
+    Raises:
+        CheckpointError: periods of a rotation, which are no weights of ours, are others than ours.
+    """
+    weights = {}
+    for name, value in state_dict.items():
+        if ".periods_" in f".{name}":
+            expected = 100.0 ** (torch.arange(value.numel()) / value.numel())
+            # the original may keep them in bfloat16
+            if not torch.allclose(value.flatten().float(), expected, rtol=1e-2):
+                raise CheckpointError(f"{name} holds other periods than powers of 100, the base that is known here")
+        else:
+            weights[_rename(name)] = _reshape(name, value)
+    if any(".ls1." in name for name in weights):
+        return weights
+    scales = (".ls1.gamma", ".ls2.gamma")
+    return {name: value for name, value in model.state_dict().items() if name.endswith(scales)} | weights
 
 
 def _rename(name: str) -> str:
@@ -244,11 +269,17 @@ def _cut(
     radar: Tensor | None,
     radar_wavelengths: Tensor | None,
 ) -> Patches:
+    if radar is not None and radar_wavelengths is None and model.embedding == "sincos":
+        radar_wavelengths = torch.tensor(_RADAR)
     parts, values = [], []
-    for part, given in ((image, wavelengths), (radar, radar_wavelengths)):
-        if part is not None and given is not None:
+    for kind, part, given in (("image", image, wavelengths), ("radar", radar, radar_wavelengths)):
+        if part is not None:
+            if given is None:
+                raise DataError(f"{kind} channels {tuple(part.shape)} come without wavelengths; give one for each")
             parts.append(part)
             values.append(torch.as_tensor(given, dtype=torch.float32).expand(part.shape[:2]))
+    if not parts:
+        raise DataError("neither an image nor radar channels are given")
     pixels = torch.cat(parts, 1)
     optical = 0 if image is None else image.shape[1]
     return model.cut(pixels, torch.cat(values, 1), torch.full((len(pixels),), float(gsd)), optical)
