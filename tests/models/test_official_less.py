@@ -112,12 +112,12 @@ def test_radar_has_the_wavelengths_of_the_original_and_an_image_needs_its_own(lo
     radar = others["in.radar"]
     with torch.inference_mode():
         close(encoder.forward_tokens(None, None, spec["spatial_resolution"], radar), others["out.radar_tokens"])
-    with pytest.raises(DataError, match="image channels .* come without wavelengths"):
+    with pytest.raises(DataError, match=r"image channels .* come without wavelengths"):
         encoder.forward_tokens(others["in.optical"], None, 10, radar)
     with pytest.raises(DataError, match="neither an image nor radar"):
         encoder.forward_tokens(None, None, 10)
     state, others, spec = load("less_b")
-    with pytest.raises(DataError, match="radar channels .* come without wavelengths"):
+    with pytest.raises(DataError, match=r"radar channels .* come without wavelengths"):
         official.less_vit(state, spec).forward_tokens(None, None, 10, radar)
 
 
