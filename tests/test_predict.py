@@ -421,6 +421,11 @@ def test_options_that_contradict_each_other(options, message):
         command.predict(configure("configs/predict", "predict", *given, *options))
 
 
+def test_what_is_not_given_is_named():
+    with pytest.raises(ConfigError, match="out, scene not given"):
+        command.predict(configure("configs/predict", "predict", "weights=none"))
+
+
 def test_a_folder_that_cannot_be_written_to_ends_the_command_before_work(pixel_run, scene, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     source = write_raster(scene, tmp_path / "scene.tif")

@@ -113,6 +113,21 @@ def test_errors_are_those_of_the_masked_values(configure):
     assert found == pytest.approx(total / count, rel=1e-4)
 
 
+def test_pixels_that_only_continue_a_tile_do_not_count(configure):
+    config = configure()
+    task = instantiate(config.task, model=instantiate(config.model))
+    size = task.model.encoder.patch_size
+    side = 2 * size + 1
+    batch = {
+        "image": torch.randn(1, 6, side, side),
+        "valid": torch.ones(1, side, side, dtype=torch.bool),
+        "wavelengths": torch.linspace(450, 2200, 6)[None],
+        "gsd": torch.tensor([20.0]),
+    }
+    batch["valid"][0, 0, 0] = False
+    assert int(task.patches(batch)[1].sum()) == side**2 - 1
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(configure):
     config = configure("task.channel_sampling=[0.3,0.9]", "model.normalise_targets=true")
     train(config)

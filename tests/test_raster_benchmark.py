@@ -118,6 +118,8 @@ def test_all_protocols_are_measured_and_a_run_resumes(configure, card, capsys):
     capsys.readouterr()
     assert main([str(folder / "results.csv"), "--out", str(folder / "second")]) == 0
     assert (folder / "second" / "table.md").read_text() == table
+    assert main([str(folder / "results.csv")] * 2) == 2
+    assert "one result, which may not count twice" in capsys.readouterr().err
     assert main([str(folder / "nothing.csv")]) == 2
     assert "nothing.csv: not found" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from vision_lowrank.console import run_as_command
@@ -43,6 +43,8 @@ def predict(config: DictConfig) -> list[Path]:
         OSError: a file cannot be written.
     """
     begun = time.perf_counter()
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)} not given; the command takes weights=RUN scene=SCENE out=MAP.tif")
     out, probabilities = _outputs(config)
     run = load_run(config.weights)
     stream = open_stream(config.scene, config.root)

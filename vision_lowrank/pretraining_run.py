@@ -207,10 +207,13 @@ def _tile(
     hidden_channels = result.hidden_channels[index].numpy()
     wavelengths = batch["wavelengths"][index].numpy()
     shift, gain = (whole(part.expand(-1, -1, -1, size)) for part in scale)
+    valid_pixels = whole(valid.unsqueeze(1).float())[0] > 0
+    # what stands where there is no value is nothing to fill from
+    unknown = hidden_pixels | ~valid_pixels
     fillings = {
-        "mean": fill_with_mean(image, hidden_channels, hidden_pixels),
-        "over space": fill_over_space(image, hidden_channels, hidden_pixels),
-        "over wavelength": fill_over_wavelength(image, hidden_channels, hidden_pixels, wavelengths),
+        "mean": fill_with_mean(image, hidden_channels, unknown),
+        "over space": fill_over_space(image, hidden_channels, unknown),
+        "over wavelength": fill_over_wavelength(image, hidden_channels, unknown, wavelengths),
     }
     return {
         "target": whole(result.target),
@@ -218,7 +221,7 @@ def _tile(
         | {name: (filled - shift) * gain for name, filled in fillings.items()},
         "hidden_channels": hidden_channels,
         "hidden_pixels": hidden_pixels,
-        "valid": whole(valid.unsqueeze(1).float())[0] > 0,
+        "valid": valid_pixels,
     }
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_lowrank.errors import DataError, VisionLowRankError
-from vision_lowrank.evaluation.benchmark_rows import Line, Row, markdown_rows, read_rows, summarise_rows
+from vision_lowrank.evaluation.benchmark_rows import Key, Line, Row, markdown_rows, read_rows, summarise_rows
 from vision_lowrank.plots.cost import save_cost
 from vision_lowrank.runs import atomic_path
 
@@ -80,7 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if missing := [str(path) for path in options.tables if not path.is_file()]:
             raise DataError(f"{missing[0]}: not found; give the results.csv of a run")
-        rows = [row for path in options.tables for row in read_rows(path)]
+        found: dict[tuple[Key, str], tuple[Path, Row]] = {}
+        for path in options.tables:
+            for row in read_rows(path):
+                if known := found.get((row.key, row.metric)):
+                    raise DataError(
+                        f"{path} and {known[0]} both hold {row.metric} of {', '.join(map(str, row.key))}: one result, "
+                        "which may not count twice; leave out one of the two"
+                    )
+                found[row.key, row.metric] = (path, row)
+        rows = [row for _, row in found.values()]
         report(rows, options.out or options.tables[0].parent)
     except (VisionLowRankError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import re
 
+import peft
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from vision_lowrank import adapters
 from vision_lowrank.adapters import AdaptedLayer, LoRA, inject
+from vision_lowrank.adapters.peft_methods import inject_peft
 from vision_lowrank.errors import AdapterError
 
 
@@ -255,6 +257,34 @@ def test_statistics_of_a_normalisation_without_parameters_go_with_what_is_around
     adapters.freeze_statistics(model.train())
     assert not model["body"][1].training
     assert model["head"][0].training
+
+
+def test_a_container_to_train_is_the_modules_in_it_as_peft_wants(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.fc, model.pools = (
+            nn.Linear(4, 4),
+            nn.ModuleList([nn.Linear(4, 4), nn.GELU(), nn.ModuleList([nn.Linear(4, 4)])]),
+        )
+        model.encoder = nn.ModuleDict({"head": nn.Identity()})
+        model.head = nn.Linear(4, 2)
+        model.forward = lambda x: model.head(model.pools[2][0](model.pools[0](model.fc(x))))
+        return model
+
+    model = make()
+    inject(model, "fc", LoRA(2, 4), train=["pools", "head"])
+    assert adapters.injection.trained_modules(model) == ["pools.0", "pools.2.0", "head"]
+    perturb(model)
+    adapters.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    # the empty encoder.head is nothing that peft could train
+    assert torch.equal(peft.PeftModel.from_pretrained(make(), tmp_path)(x), model(x))
+    trained = inject_peft(make(), "lora", "fc", rank=2, train=["pools", "head"])
+    assert (
+        sum(p.numel() for name, p in trained.named_parameters() if p.requires_grad and "lora" not in name)
+        == 2 * 20 + 10
+    )
 
 
 def test_no_target_leaves_the_model_as_it_was(vit):

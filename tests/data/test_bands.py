@@ -14,6 +14,7 @@ def test_good_wavelengths_pass_even_where_detectors_overlap():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ([443, 560, 0.665], r"band index 2 is 0\.665, beside 560; it looks like micrometres"),
         ([0.45, 0.55, 2.4], r"0\.45 to 2\.4 look like micrometres; multiply them by 1000"),
         ([450, float("nan")], "band index 1 is nan"),
         ([450, 0, 500], r"band index 1 is 0\.0"),

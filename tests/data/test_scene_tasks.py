@@ -1,5 +1,7 @@
 """Tasks cut from a scene that is painted by the test, and from Indian Pines."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import yaml
@@ -78,6 +80,15 @@ def test_whole_blocks_go_to_one_subset(card):
     assert np.array_equal(again.train.corners, data.train.corners)
     assert again.fingerprint == data.fingerprint != other.fingerprint
     assert not np.array_equal(other.train.corners, data.train.corners)
+
+
+def test_another_card_for_the_same_files_is_other_data(card):
+    path, root, *_ = card
+    before = scene_task(path, root, "classification", side=4, seed=1, block=16).fingerprint
+    changed = yaml.safe_load(Path(path).read_text())
+    changed["classes"][1]["name"] = "renamed"
+    Path(path).write_text(yaml.safe_dump(changed))
+    assert scene_task(path, root, "classification", side=4, seed=1, block=16).fingerprint != before
 
 
 def test_what_cannot_be_divided_is_refused(card):

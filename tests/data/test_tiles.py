@@ -251,7 +251,7 @@ def test_missing_values_are_nan(folder, open_folder, tmp_path, declared):
 def test_bands_without_values_or_variation_are_dropped(folder, open_folder, tmp_path, caplog):
     for name, values in folder.items():
         extra = np.stack([np.full_like(values[0], -1), np.full_like(values[0], 7)])
-        write_tif(tmp_path / "scenes" / name, np.concatenate([extra, values]), [1, 2, 450, 550, 650], nodata=-1)
+        write_tif(tmp_path / "scenes" / name, np.concatenate([extra, values]), [380, 400, 450, 550, 650], nodata=-1)
     with caplog.at_level(logging.WARNING):
         source = open_folder()
     assert "2 bands without values or variation dropped, indices [0, 1]" in caplog.text
@@ -278,8 +278,26 @@ def test_files_without_values_and_small_ones_are_left_out(folder, open_folder, t
     write_tif(tmp_path / "scenes" / "1.tif", folder["1.tif"][:, :7])
     with caplog.at_level(logging.WARNING):
         source = open_folder()
-    assert "2 files smaller than a tile or without values in the first; left out" in caplog.text
+    assert "2 files smaller than a tile or without values in the tiles looked at; left out" in caplog.text
     assert len(source) == 8 * 15
+
+
+def test_a_file_whose_corners_have_no_values_is_used(folder, open_folder, tmp_path):
+    values = folder["0.tif"].copy()
+    values[:, :12, :12] = values[:, -12:, -12:] = -1
+    write_tif(tmp_path / "scenes" / "0.tif", values, nodata=-1)
+    source = open_folder()
+    assert len(source) == 10 * 15
+    assert np.isnan(source.read(0)).all()
+
+
+def test_a_header_that_makes_no_sense_counts_as_damage(folder, open_folder, tmp_path):
+    with rasterio.open(tmp_path / "scenes" / "4.tif", "r+") as file:
+        file.update_tags(2, wavelength="5x0")
+    source = open_folder(max_bad=0.1)
+    assert [path.name for path in source.damaged] == ["4.tif"]
+    with pytest.raises(DataError, match=r"1 of 10 damaged, max_bad is 0; first \S+4\.tif \(.*5x0"):
+        open_folder(max_bad=0.0)
 
 
 def test_damaged_files_are_skipped_counted_and_named(folder, open_folder, tmp_path, caplog):

@@ -29,6 +29,11 @@ def hidden_pixels():
     return hidden
 
 
+@pytest.mark.parametrize("fill", [fill_with_mean, fill_over_space])
+def test_where_nothing_is_known_the_training_mean_is_filled_in(fill, image):
+    assert not fill(image, HIDDEN_CHANNELS, np.ones((6, 5), dtype=bool)).any()
+
+
 def test_mean_of_what_is_shown(image, hidden_pixels):
     filled = fill_with_mean(image, HIDDEN_CHANNELS, hidden_pixels)
     for channel in (0, 1):

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from vision_lowrank.adapters.peft_methods import inject_peft
 from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.models import LessViT
 from vision_lowrank.models.heads import AttentiveChannelPool, LessSegmentation, LinearSegmentationHead, UPerNetHead
@@ -232,7 +233,7 @@ def test_overfits_two_regions(head, channel_pool):
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
-def test_new_classifier_keeps_the_rest(head):
+def test_new_classifier_keeps_the_rest_and_is_saved(head, tmp_path):
     model = model_of(head).eval()
     image = normal(1, 3, 8, 16)
     before = {name: value.clone() for name, value in model.state_dict().items() if "classifier" not in name}
@@ -241,10 +242,29 @@ def test_new_classifier_keeps_the_rest(head):
     model.double()
     assert model.get_classifier() is model.head.classifier is not old
     assert model.num_classes == 7
-    assert model(image, WAVELENGTHS, 10.0).shape == (1, 7, 8, 16)
+    logits = model(image, WAVELENGTHS, 10.0)
+    assert logits.shape == (1, 7, 8, 16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        type(model).from_pretrained(tmp_path, strict=True).double().eval()(image, WAVELENGTHS, 10.0), logits
+    )
     after = model.state_dict()
     assert before.keys() == {name for name in after if "classifier" not in name}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_adapters_of_peft_beside_a_trained_head_and_pools(head):
+    model = model_of(head, channel_pool=True).eval()
+    image = normal(1, 3, 8, 16)
+    before = model(image, WAVELENGTHS, 10.0)
+    adapted = inject_peft(model, "dora", ["attn.proj", "kv"], rank=2, train=["head", "channel_pools"])
+    torch.testing.assert_close(adapted(image, WAVELENGTHS, 10.0), before)
+    adapted(image, WAVELENGTHS, 10.0).square().sum().backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    # with B at zero, A gets no gradient but zeros
+    assert all(p.grad is not None and (p.grad.any() or "lora_A" in name) for name, p in trained.items())
+    assert {name.split(".")[2] for name in trained} == {"encoder", "head", "channel_pools"}
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])

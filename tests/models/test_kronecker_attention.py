@@ -1,5 +1,6 @@
 """Low-rank attention against a plain implementation that spells the definition out."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from vision_lowrank.adapters import GatedLoRA, LoRA, inject
+from vision_lowrank.adapters.peft_methods import inject_peft
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers import kronecker_attention
 from vision_lowrank.models.layers.embeddings import rotate
@@ -149,6 +151,37 @@ def test_adapters_on_folded_layers_take_part(method, training):
         assert not torch.allclose(found, attention.eval()(x, Context()))
     else:
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "olora", "vera", "lokr"])
+def test_layers_that_peft_wraps_take_part(name):
+    torch.manual_seed(0)
+    attention = LessAttention(WIDTH, HEADS, A, 2)
+    before = copy.deepcopy(attention).double()
+    x = torch.randn(2, CHANNELS, POSITIONS, WIDTH, dtype=torch.float64)
+    model = nn.ModuleDict({"attn": attention})
+    adapted = inject_peft(model, name, ["channel_linear", "spatial_linear", "kv", "proj"], rank=2).double()
+    torch.testing.assert_close(attention(x, Context()), before(x, Context()), atol=1e-6, rtol=1e-6)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    found = attention(x, Context())
+    torch.testing.assert_close(found, plain(attention, x, Context()), atol=1e-10, rtol=1e-10)
+    assert (found - before(x, Context())).abs().max() > 1e-2
+    merged = adapted.merge_and_unload()["attn"]
+    torch.testing.assert_close(merged(x, Context()), found, atol=1e-6, rtol=1e-6)
+
+
+def test_hooks_see_the_inputs_of_folded_layers():
+    attention = LessAttention(WIDTH, HEADS, A, 2).double()
+    x = torch.randn(2, CHANNELS, POSITIONS, WIDTH, dtype=torch.float64)
+    expected = attention(x, Context())
+    seen = []
+    layers = [layer for name, layer in attention.named_modules() if name.endswith(("_linear", "kv", "attn.proj"))]
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _inputs, _output: seen.append(layer))
+    torch.testing.assert_close(attention(x, Context()), expected, atol=1e-10, rtol=1e-10)
+    assert set(seen) == set(layers)
 
 
 def test_dropped_weights_drop_the_values_with_their_bias():

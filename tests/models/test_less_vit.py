@@ -96,8 +96,8 @@ def test_samples_of_a_batch_do_not_meet_and_padding_changes_nothing(options):
     model = tiny(global_pool="avg", **options)
     x, y = image(1, 5, 24, 16), image(1, 3, 24, 16)
     alone = [model(x, WAVELENGTHS, 2.0), model(y, WAVELENGTHS[1:4] + 20, 5.0)]
-    batch = torch.cat([x, torch.cat([y, 99 * torch.ones(1, 2, 24, 16)], 1)])
-    wavelengths = torch.stack([WAVELENGTHS, torch.tensor([580.0, 685.0, 862.0, 1.0, 1.0])])
+    batch = torch.cat([x, torch.cat([y, torch.tensor([99.0, math.nan]).view(1, 2, 1, 1).expand(1, 2, 24, 16)], 1)])
+    wavelengths = torch.stack([WAVELENGTHS, torch.tensor([580.0, 685.0, 862.0, 1.0, math.nan])])
     present = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     together = model(batch, wavelengths, torch.tensor([2.0, 5.0]), present=present)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
@@ -212,6 +212,17 @@ def test_saved_model_and_checkpointed_gradients_are_the_same(tmp_path):
             torch.testing.assert_close(one.grad, other.grad, msg=name)
 
 
+@pytest.mark.parametrize("classes", [7, 0])
+def test_a_model_with_another_head_is_saved_with_it(classes, tmp_path):
+    model = tiny().float()
+    model.reset_classifier(classes)
+    model.save_pretrained(tmp_path)
+    loaded = LessViT.from_pretrained(tmp_path, strict=True).eval()
+    x = image(2, 5, 16, 16).float()
+    assert loaded(x, WAVELENGTHS, 10.0).shape == (2, classes or 48)
+    assert torch.equal(loaded(x, WAVELENGTHS, 10.0), model(x, WAVELENGTHS, 10.0))
+
+
 def test_adapters_by_name_merge_exactly():
     model = tiny()
     x = image(2, 5, 16, 16)
@@ -235,6 +246,7 @@ def test_adapters_by_name_merge_exactly():
         ((None, 10.0), "image has 5 channels but no wavelengths"),
         (([500.0, 600.0], 10.0), r"wavelengths are \(2,\) for image of \(2, 5, 16, 16\)"),
         ((WAVELENGTHS / 1000, 10.0), "look like micrometres"),
+        ((torch.stack([WAVELENGTHS, WAVELENGTHS / 1000]), 10.0), r"is 0\.443, beside 1610; it looks like micrometres"),
         ((-WAVELENGTHS, 10.0), r"band index 0 is -443"),
         ((WAVELENGTHS, 0.0), "gsd is"),
     ],
@@ -246,6 +258,8 @@ def test_wrong_wavelengths_and_pixel_sizes(arguments, message):
 
 def test_wrong_images_and_settings():
     model = tiny()
+    with pytest.raises(ConfigError, match="output_fmt is 'NLC'; it can be NCHW or BCND"):
+        model.forward_intermediates(image(2, 5, 16, 16), WAVELENGTHS, 10.0, output_fmt="NLC")
     with pytest.raises(ConfigError, match="neither image nor radar"):
         model(None, None, 10.0)
     with pytest.raises(DataError, match=r"torch\.int16"):

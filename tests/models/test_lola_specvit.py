@@ -240,6 +240,14 @@ def test_saved_and_loaded_model_is_the_same(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_a_model_with_another_head_is_saved_with_it(tmp_path):
+    model = timm.create_model("lola_specvit_tiny", num_classes=5, in_chans=12, img_size=5).eval()
+    model.reset_classifier(3)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 12, 5, 5)
+    assert torch.equal(LolaSpecViT.from_pretrained(tmp_path, strict=True).eval()(x), model(x))
+
+
 def test_adapters_on_every_projection_merge_exactly():
     torch.manual_seed(0)
     model = timm.create_model("lola_specvit_tiny", in_chans=6, num_classes=4, img_size=9).double().eval()

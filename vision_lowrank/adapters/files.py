@@ -19,11 +19,10 @@ from vision_lowrank.adapters.peft_layout import (
     PREFIX,
     check_layers_of_peft,
     methods_from_config,
-    named_like,
     same_in_peft,
     to_config,
 )
-from vision_lowrank.adapters.targets import check_layers, walk
+from vision_lowrank.adapters.targets import check_layers, named_like, walk
 from vision_lowrank.errors import AdapterError
 from vision_lowrank.runs import atomic_path, write_json
 
@@ -72,7 +71,7 @@ def export_lora(model: nn.Module, folder: str | Path, name: str = "default") -> 
     """
     model = _plain(model)
     layers = _unmerged_layers(model, name)
-    if pair := named_like(trained_modules(model, name), [path for path, _ in walk(model)]):
+    if pair := named_like(model, trained_modules(model, name)):
         raise AdapterError(
             f"peft, which compares ends of names, would take {pair[1]!r} for {pair[0]!r}: use save_adapter"
         )
@@ -184,7 +183,7 @@ def _write(
     for path in heads:
         tensors.update({f"{path}.{key}": tensor for key, tensor in model.get_submodule(path).state_dict().items()})
     bases = {path: layer.base for path, layer in adapted_layers(model, name).items()}
-    config = to_config(methods, bases, heads, [path for path, _ in walk(model)])
+    config = to_config(methods, bases, heads, [path for path, _ in walk(model)], named_like(model, heads) is None)
     metadata = {"format": "pt"}
     if config["peft_type"] == OWN_TYPE:
         kinds = sorted({layer["method"] for layer in config["layers"].values()})

@@ -279,8 +279,11 @@ def folded_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
     Returns:
         None where the layer is no product with one weight: an adapter has a gate, drops values while training, or has
-        a strength for each row.
+        a strength for each row. Or where only a call tells: of a layer that is wrapped, as by peft, whose `weight` is
+        without the adapter, and of one with hooks.
     """
+    if hasattr(layer, "base_layer") or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
     if not isinstance(layer, AdaptedLayer):
         return cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
     weight, bias = layer.base.weight, layer.base.bias

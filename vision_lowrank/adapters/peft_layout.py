@@ -49,7 +49,8 @@ def to_config(
     methods: Mapping[str, Method],
     layers: Mapping[str, BaseLayer],
     heads: Sequence[str],
-    all_paths: Sequence[str],
+    all_paths: Iterable[str],
+    found_by_peft: bool,
 ) -> dict[str, Any]:
     """Describes adapters as the content of `adapter_config.json`.
 
@@ -58,11 +59,11 @@ def to_config(
         layers: base layers by the same paths.
         heads: paths of modules saved beside the adapters.
         all_paths: paths of every module in the model, to see which names would be ambiguous.
+        found_by_peft: whether peft takes exactly `heads` for the modules to save, see `targets.named_like`.
     """
     loras = {path: method for path, method in methods.items() if isinstance(method, LoRA)}
     common = {"modules_to_save": list(heads) or None, "base_model_name_or_path": None, "inference_mode": True}
-    readable = all(same_in_peft(layer) for layer in layers.values()) and not named_like(heads, all_paths)
-    if len(loras) < len(methods) or not readable:
+    if len(loras) < len(methods) or not found_by_peft or not all(same_in_peft(layer) for layer in layers.values()):
         description = {path: describe(method) for path, method in methods.items()}
         return {"peft_type": OWN_TYPE, "vision_lowrank": __version__, "layers": description, **common}
 
@@ -160,12 +161,6 @@ def same_in_peft(layer: BaseLayer) -> bool:
     if isinstance(layer, nn.Linear):
         return True
     return layer.groups == 1 and layer.padding_mode == "zeros" and set(layer.dilation) == {1}
-
-
-def named_like(heads: Sequence[str], all_paths: Iterable[str]) -> tuple[str, str] | None:
-    """Returns a module to train, and another whose name ends in its name: peft, which compares ends, takes both."""
-    pairs = ((head, path) for path in all_paths if path not in heads for head in heads if path.endswith(head))
-    return next(pairs, None)
 
 
 def _target_modules(paths: list[str], all_paths: Iterable[str]) -> list[str] | str:

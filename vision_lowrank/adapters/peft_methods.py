@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
 from vision_lowrank.adapters.methods import check_alpha, check_rank
-from vision_lowrank.adapters.peft_layout import named_like
-from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, walk
+from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, named_like
 from vision_lowrank.errors import AdapterError
 
 if TYPE_CHECKING:  # peft brings transformers with it, which takes seconds to import
@@ -270,7 +269,7 @@ def _check_heads(model: nn.Module, paths: Sequence[str], heads: Sequence[str]) -
                     f"module {head!r} is to be trained as a whole, but peft would then leave out the target {path!r}: "
                     "take one of the two out"
                 )
-    if pair := named_like(heads, [path for path, _ in walk(model)]):
+    if pair := named_like(model, heads):
         head, path = pair
         raise AdapterError(
             f"peft would train {path!r} with {head!r}, since its name ends so: train both, or use adapters.inject"

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias, cast
 
@@ -90,8 +90,24 @@ def find_modules(model: nn.Module, names: Targets) -> list[str]:
         if not matches:
             raise AdapterError(f"no module to train matches {_text(name)}; {_near(name, modules)}")
         # a glob such as head* also matches what lies below a match, which comes with it
-        found.update((path, None) for path in matches if not any(path.startswith(f"{other}.") for other in matches))
+        for path in matches:
+            if not any(path.startswith(f"{other}.") for other in matches):
+                found.update(dict.fromkeys(_called(path, modules)))
     return list(found)
+
+
+def _called(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the path, or those of the modules in it where it is a mere container, which peft could not take."""
+    if not isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+        return [path]
+    children = [f"{path}.{name}" for name, _ in modules[path].named_children()]
+    return [inner for child in children if child in modules for inner in _called(child, modules)]
+
+
+def named_like(model: nn.Module, heads: Sequence[str]) -> tuple[str, str] | None:
+    """Returns a module to train, and another whose name ends in its name: peft, which compares ends, takes both."""
+    others = [path for path, module in walk(model) if path not in heads and next(module.parameters(), None) is not None]
+    return next(((head, path) for path in others for head in heads if path.endswith(head)), None)
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -50,7 +50,7 @@ def check_wavelengths(values: Iterable[float], source: str) -> np.ndarray:
         source: file or card field that they come from, named in the error.
 
     Raises:
-        DataError: a value is not a positive finite number, or all look like micrometres.
+        DataError: a value is not a positive finite number, or looks like micrometres.
     """
     try:
         wavelengths = np.asarray(list(values), dtype=np.float32)
@@ -66,5 +66,11 @@ def check_wavelengths(values: Iterable[float], source: str) -> np.ndarray:
         raise DataError(
             f"{source}: wavelengths from {wavelengths.min():g} to {wavelengths.max():g} look like micrometres; "
             "multiply them by 1000 to give nanometres"
+        )
+    if wavelengths.min() < SHORTEST_NANOMETRES:
+        index = int(wavelengths.argmin())
+        raise DataError(
+            f"{source}: wavelength of band index {index} is {wavelengths[index]:g}, beside {wavelengths.max():g}; it "
+            "looks like micrometres, give all in nanometres"
         )
     return wavelengths

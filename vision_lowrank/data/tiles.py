@@ -1,5 +1,6 @@
 """Square tiles for training without labels: sources that cut them out of one scene or out of a folder of GeoTIFFs."""
 
+import itertools
 import logging
 import math
 import warnings
@@ -307,7 +308,7 @@ class GeoTiffFolder(TileSource):
         usable = [path for path, header in headers.items() if (header.low <= header.high).any()]
         if len(usable) < len(headers):
             logger.warning(
-                "%s: %d %s smaller than a tile or without values in the first; left out",
+                "%s: %d %s smaller than a tile or without values in the tiles looked at; left out",
                 self.root,
                 len(headers) - len(usable),
                 what,
@@ -373,7 +374,7 @@ class GeoTiffFolder(TileSource):
         return tile
 
     def _examine(self, path: Path) -> _Header | None:
-        """Reads headers and the first tile; None, and a line in the log, where that fails."""
+        """Reads headers and the first tile with values; None, and a line in the log, where that fails."""
         try:
             with ExitStack() as stack:
                 files = self._open(path, stack)
@@ -381,11 +382,15 @@ class GeoTiffFolder(TileSource):
                 low, high = np.full(count, np.inf, np.float32), np.full(count, -np.inf, np.float32)
                 finest = _finest(files)
                 if min(finest.shape) >= self.size:
-                    tile = self._read(files, 0, 0, np.ones(count, bool)).reshape(count, -1)
-                    low, high = np.fmin.reduce(tile, axis=1, initial=np.inf), np.fmax.reduce(tile, 1, initial=-np.inf)
+                    for row, column in _samples(finest.shape, self.size):
+                        tile = self._read(files, row, column, np.ones(count, bool)).reshape(count, -1)
+                        low = np.fmin.reduce(tile, axis=1, initial=np.inf)
+                        high = np.fmax.reduce(tile, axis=1, initial=-np.inf)
+                        if (low <= high).any():
+                            break
                 bands = None if self.wavelengths is not None else _join(files, path)
                 return _Header(finest.shape, _metres(finest), bands, low, high)
-        except (RasterioError, ValueError) as error:
+        except (RasterioError, ValueError, DataError) as error:
             self._report(path, error)
             return None
 
@@ -437,6 +442,12 @@ class GeoTiffFolder(TileSource):
                 f"{self.root}: {len(self.damaged)} of {self._found} damaged, max_bad is {self.max_bad:g}; first {path} "
                 f"({detail}); fetch or copy them again"
             )
+
+
+def _samples(shape: tuple[int, int], size: int) -> list[tuple[int, int]]:
+    """Returns where to look for values: the first tile, and nine over the scene, whose corners may hold none."""
+    rows, columns = ([round((length - size) * share) for share in (0.5, 0.25, 0.75)] for length in shape)
+    return [(0, 0), *itertools.product(rows, columns)]
 
 
 def _finest(files: Sequence[DatasetReader]) -> DatasetReader:

@@ -28,7 +28,8 @@ def fill_with_mean(image: np.ndarray, hidden_channels: np.ndarray, hidden_pixels
     """Fills each shown channel with its mean over the pixels shown, and hidden channels with the training mean, 0."""
     filled = np.zeros_like(image)
     shown = image[~hidden_channels][:, ~hidden_pixels]
-    filled[~hidden_channels] = shown.mean(axis=1)[:, None, None]
+    if shown.shape[1]:
+        filled[~hidden_channels] = shown.mean(axis=1)[:, None, None]
     return _restore(filled, image, hidden_channels, hidden_pixels)
 
 
@@ -88,8 +89,10 @@ def squared_errors(
 
 
 def _interpolate(channels: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Fills hidden pixels of (channels, height, width) linearly between the others."""
+    """Fills hidden pixels of (channels, height, width) linearly between the others, with 0 where there are none."""
     known, unknown = np.argwhere(~hidden), np.argwhere(hidden)
+    if not len(known):
+        return np.zeros_like(channels)
     filled = channels.copy()
     if not len(unknown):
         return filled

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import fused_attention
 from vision_lowrank.models.less_vit import LessViT, Wavelengths
+from vision_lowrank.models.saved import note_classes
 
 CHANNELS_OF_A_GROUP = 8
 
@@ -222,7 +223,8 @@ class LessSegmentation(
             rows = -(-height // self.encoder.patch_size)
             pooled = [pool(x[:, 1:, 1:], present) for pool, x in zip(self.channel_pools, maps, strict=True)]
             maps = [rearrange(x, "b (i j) d -> b d i j", i=rows) for x in pooled]
-        logits = self.head(maps[0] if isinstance(self.head, LinearSegmentationHead) else maps)
+        # not by the head's class, which adapters may wrap
+        logits = self.head(maps[0] if len(self.indices) == 1 else maps)
         return cast(Tensor, logits)[..., :height, :width]
 
     def get_classifier(self) -> nn.Module:
@@ -232,6 +234,7 @@ class LessSegmentation(
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new layer for `num_classes` in place of the one that makes logits; the rest of the head stays."""
         self.num_classes = num_classes
+        note_classes(self, num_classes)
         self.head.reset_classifier(num_classes)
 
     @torch.jit.ignore

@@ -34,6 +34,7 @@ from vision_lowrank.models.layers.embeddings import (
 )
 from vision_lowrank.models.layers.joint_attention import JointAttention
 from vision_lowrank.models.layers.kronecker_attention import Context, LessAttention
+from vision_lowrank.models.saved import note_classes
 
 Wavelengths = Tensor | Sequence[float]
 
@@ -247,12 +248,16 @@ class LessViT(
         nanometres = torch.cat([values for *_, values in parts], dim=1)
         if present is not None and present.shape != nanometres.shape:
             raise DataError(f"present is {tuple(present.shape)}, the image has {tuple(nanometres.shape)} channels")
+        if present is not None:
+            # whatever stands there, NaN too, may not reach the others through weights of 0
+            pixels = pixels.masked_fill(~present[:, :, None, None], 0.0)
+            nanometres = nanometres.masked_fill(~present, SHORTEST_NANOMETRES)
         # not len(), which would tie an exported graph to the size of one batch
         metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(pixels.shape[0])
         # an exported graph has no values to look at
         if not torch.compiler.is_exporting():
             values = nanometres if present is None else nanometres[present]
-            if not bool((values.isfinite() & (values > 0)).all()) or values.amax() < SHORTEST_NANOMETRES:
+            if not bool((values.isfinite() & (values > 0)).all()) or values.amin() < SHORTEST_NANOMETRES:
                 check_wavelengths(values.flatten().tolist(), "wavelengths of the batch")
             if not bool((metres.isfinite() & (metres > 0)).all()):
                 raise DataError(f"gsd is {metres.tolist()}; give the size of a pixel in metres, above 0")
@@ -425,7 +430,13 @@ class LessViT(
             output_fmt: NCHW: the positions' tokens that belong to no channel, as maps (B, D, rows, columns). BCND: all
                 tokens (B, 1 + C, 1 + N, D).
             intermediates_only: leave out the final tokens.
+
+        Raises:
+            ConfigError: another `output_fmt`; and as `patches`.
+            DataError: as `patches`.
         """
+        if output_fmt not in ("NCHW", "BCND"):
+            raise ConfigError(f"output_fmt is {output_fmt!r}; it can be NCHW or BCND")
         taken, last = feature_take_indices(len(self.blocks), indices)
         patches = self.patches(image, wavelengths, gsd, radar, radar_wavelengths, present)
         x = self.embed(patches)
@@ -447,6 +458,7 @@ class LessViT(
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new head for `num_classes` in place of the present one; 0 leaves the features as they are."""
         self.num_classes = num_classes
+        note_classes(self, num_classes)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.spectral_stem import SpectralStem
 from vision_lowrank.models.layers.window_attention import WindowAttention
+from vision_lowrank.models.saved import note_classes
 
 
 class Block(nn.Module):
@@ -168,6 +169,7 @@ class LolaSpecViT(
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new head for `num_classes` in place of the present one; 0 leaves the features as they are."""
         self.num_classes = num_classes
+        note_classes(self, num_classes)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore

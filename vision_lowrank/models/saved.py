@@ -8,6 +8,12 @@ from typing import Any
 from torch import nn
 
 
+def note_classes(model: Any, num_classes: int) -> None:
+    """Lets `save_pretrained` write the present number of classes instead of that which the model was made with."""
+    if hasattr(model, "_hub_mixin_config"):
+        model._hub_mixin_config["num_classes"] = num_classes
+
+
 def load_saved(kind: type[nn.Module], folder: str | Path) -> Any:
     """Returns the model of a folder with `config.json` and `model.safetensors`; nothing is fetched.
 

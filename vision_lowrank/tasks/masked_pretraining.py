@@ -168,7 +168,10 @@ class HyperMAEPretraining(L.LightningModule):
         encoder = self.model.encoder
         radar = (batch.get("radar"), batch.get("radar_wavelengths"))
         patches = encoder.patches(batch["image"], batch["wavelengths"], batch["gsd"], *radar)
-        valid = batch["valid"].unsqueeze(1).to(patches.pixels.dtype)
+        height, width = batch["valid"].shape[-2:]
+        # what only continues a tile to whole patches does not count
+        rest = (0, -width % encoder.patch_size, 0, -height % encoder.patch_size)
+        valid = F.pad(batch["valid"].unsqueeze(1).to(patches.pixels.dtype), rest)
         cut = encoder.cut(valid, batch["wavelengths"][:, :1], batch["gsd"], 1).pixels
         return patches, cut[:, 0] > 0
 
