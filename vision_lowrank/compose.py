@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from vision_lowrank.composer.methods import plan
 from vision_lowrank.composer.render import latent_shape, load_base
-from vision_lowrank.composer.scene_files import LoadedScene, load_scene, make_settings
+from vision_lowrank.composer.scene_files import LoadedScene, constants_of, load_scene, make_settings
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
@@ -22,6 +23,8 @@ from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, 
 from vision_lowrank.tasks.composition import Job, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# timesteps that models of diffusion are trained with
+MOST_STEPS = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
@@ -42,25 +45,54 @@ def run(config: DictConfig) -> Path:
         raise ConfigError(f"scene={names}: several scenes need names of their own and one base")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
-    seeds = [config.seed] if config.seeds is None else list(config.seeds)
+    seeds = [config.seed] if config.seeds is None else config.seeds
+    options: Any = OmegaConf.to_container(config.settings, resolve=True) if config.settings is not None else {}
+    changed = [_changed(scene.file.settings, options) for scene in scenes]
+    settings = [make_settings(one, f"scene {scene.name}") for scene, one in zip(scenes, changed, strict=True)]
     device = choose_device(config.device)
+    _check_numbers(config, scenes, seeds)
     pipeline = load_base(scenes[0].base, DTYPES[config.dtype], device)
-    options: Any = OmegaConf.to_container(config.settings, resolve=True)
     plans = []
-    for scene in scenes:
-        latent_shape(pipeline, scene.file.height, scene.file.width)
-        settings = make_settings({**scene.file.settings, **options}, f"scene {scene.name}")
-        plans.append(plan(config.method, scene, pipeline, settings))
+    for scene, one in zip(scenes, settings, strict=True):
+        size = latent_shape(pipeline, scene.file.height, scene.file.width)[1:]
+        planned = plan(config.method, scene, pipeline, one)
+        planned.check(pipeline.unet, pipeline.scheduler, size)
+        plans.append(planned)
     folder = open_run(config, config.dtype)
     jobs = []
     for scene, planned in zip(scenes, plans, strict=True):
         steps = scene.file.steps if config.steps is None else config.steps
         scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, steps, scale))
+        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, list(seeds), steps, scale))
     run_jobs(pipeline, jobs, device, config.devices)
     if process_rank() == 0:
         _finish(folder, scenes, jobs)
     return folder
+
+
+def _changed(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a scene's settings with those of the command in them; single constants leave the scene's others."""
+    both = {**settings, **options}
+    if "constants" in both:
+        both["constants"] = {**constants_of(settings), **constants_of(options)}
+    return both
+
+
+def _check_numbers(config: DictConfig, scenes: Sequence[LoadedScene], seeds: Any) -> None:
+    """Raises ConfigError for numbers of the command or of a scene that no sampling could be done with."""
+    if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ConfigError(f"seeds={seeds}: give a list of whole numbers from 0 up")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={list(seeds)}: the same seed is the same image; give each once")
+    if type(config.devices) is not int or config.devices < 1:
+        raise ConfigError(f"devices={config.devices}: give a whole number from 1 up")
+    for scene in scenes:
+        steps = scene.file.steps if config.steps is None else config.steps
+        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+            raise ConfigError(f"scene {scene.name}: steps={steps}: give a whole number from 1 to {MOST_STEPS}")
+        scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ConfigError(f"scene {scene.name}: guidance_scale={scale}: give a finite number")
 
 
 def _finish(folder: Path, scenes: Sequence[LoadedScene], jobs: Sequence[Job]) -> None:

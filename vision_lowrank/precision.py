@@ -38,7 +38,16 @@ def processor_has_bf16() -> bool:
 
 
 def choose_device(requested: str) -> str:
-    """Returns the device of that name, for "auto" a GPU where there is one."""
+    """Returns the device of that name, for "auto" a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     if requested != "auto":
+        try:
+            torch.empty(0, device=requested)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"device={requested}: not to be had here ({reason}); give auto or cpu") from None
         return requested
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,6 +32,19 @@ def read_record(record: type[T], path: Path, kind: str, error: type[VisionLowRan
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as problem:
         raise error(f"{where}: no valid YAML: {' '.join(str(problem).split())}") from problem
     built: T = _Builder(where, f"the {kind}", error).build(record, content, "")
+    return built
+
+
+def make_record(record: type[T], content: Mapping[str, Any], where: str, error: type[VisionLowRankError]) -> T:
+    """Makes a dataclass of a mapping as `read_record` does.
+
+    Args:
+        record: the dataclass.
+        content: what it is made of.
+        where: what that belongs to, for messages.
+        error: raised for whatever is wrong with it.
+    """
+    built: T = _Builder(where, "it", error).build(record, content, "")
     return built
 
 
@@ -73,6 +86,11 @@ class _Builder:
             if not isinstance(value, Mapping):
                 raise wrong
             return {str(name): self.build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        if origin is Literal:
+            if value not in arguments:
+                choices = " or ".join(map(str, arguments))
+                raise self.error(f"{self.where}: {key} is {value!r}; it can be {choices}")
+            return value
         if hint is float and type(value) is int:
             return float(value)
         if hint is not Any and type(value) is not hint:
@@ -100,5 +118,12 @@ def _is_needed(item: Any) -> bool:
 def _describe(hint: Any) -> str:
     if is_dataclass(hint):
         return f"a mapping with the keys {', '.join(item.name for item in fields(hint))}"
-    names = {tuple: "a list", dict: "a mapping", int: "a whole number", float: "a number", str: "a text"}
+    names = {
+        tuple: "a list",
+        dict: "a mapping",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+    }
     return names.get(get_origin(hint) or hint, str(hint))

@@ -11,7 +11,7 @@ import yaml
 from vision_lowrank.composer.lora_files import LoraWeights, LowRank, write_lora
 from vision_lowrank.composer.methods import TURN, plan
 from vision_lowrank.composer.pipeline import build_pipeline
-from vision_lowrank.composer.render import draw_noise
+from vision_lowrank.composer.render import draw_noise, seeded
 from vision_lowrank.composer.sampler import Settings, compose
 from vision_lowrank.composer.scene_files import load_scene, prepare
 from vision_lowrank.errors import ConfigError
@@ -73,7 +73,7 @@ def scene(pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def noise(pipeline):
-    return draw_noise(pipeline, SIDE, SIDE, [3, 4])
+    return draw_noise(pipeline, SIDE, SIDE, seeded([3, 4]))
 
 
 def composed(method, scene, pipeline, noise):
@@ -145,6 +145,42 @@ def test_regional_prompting_has_no_constraints(scene, pipeline, noise):
     expected = compose(pipeline.unet, pipeline.scheduler, prepare(scene, pipeline), noise, STEPS, SCALE, bare)
     assert torch.equal(composed("regional", scene, pipeline, noise).latents, expected.latents)
     assert not torch.equal(composed("composer", scene, pipeline, noise).latents, expected.latents)
+
+
+def test_one_strength_for_the_whole_image_is_not_two(scene, pipeline):
+    first, *others = scene.file.regions
+    (entry,) = first.loras
+    regions = (replace(first, loras=(replace(entry, strength=0.1),)), *others)
+    changed = replace(scene, file=replace(scene.file, regions=regions))
+    with pytest.raises(ConfigError, match=r"first\.safetensors has the strengths 0\.1 and"):
+        plan("merge", changed, pipeline, Settings(map_factor=2))
+    plan("composer", changed, pipeline, Settings(map_factor=2))
+
+
+@pytest.mark.parametrize("method", ["composer", "merge"])
+def test_a_pipeline_with_a_lora_of_its_own_is_the_one_with_it_merged(method, scene, pipeline, noise, adapted):
+    merged = copy.deepcopy(adapted)
+    merged.set_adapters(["second"], [0.7])
+    merged.fuse_lora(adapter_names=["second"])
+    merged.unload_lora_weights()
+    carrying = copy.deepcopy(adapted)
+    carrying.set_adapters(["second"], [0.7])
+    settings = Settings(map_factor=2, all_layers=True, enhancement=False, fill=False, region=False)
+
+    def made(each):
+        planned = plan(method, scene, each, settings)
+        (whole,) = planned.scenes
+        # the time's embedding has no positions that a region could change
+        regions = [
+            replace(region, loras=[({n: c for n, c in lora.items() if n[:4] != "time"}, s) for lora, s in region.loras])
+            for region in whole.regions
+        ]
+        planned = replace(planned, scenes=[replace(whole, regions=regions)])
+        return planned.compose(each.unet, each.scheduler, noise, STEPS, SCALE).latents
+
+    expected, found = made(merged), made(carrying)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert (found - made(pipeline)).abs().max() > 0.01
 
 
 def test_unknown_method(scene, pipeline):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer_zoo import TOKENS, WIDTH, build_unet, lora, noise, scene
-from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 from vision_lowrank.composer.losses import CONSTANTS, Constants
 from vision_lowrank.composer.sampler import Settings, compose
@@ -251,28 +251,57 @@ def slow_compose(base, scheduler, scene, start, steps, guidance_scale, settings)
 
     constants = settings.constants
     scheduler.set_timesteps(steps)
+    sigmas = isinstance(scheduler, HeunDiscreteScheduler)
+
+    def stretch(step):
+        """By how much a step of latents x = z sqrt(1 + sigma^2) is longer than one of z along the slope at z."""
+        # the scheduler takes the root in float32
+        return float((scheduler.sigmas[step] ** 2 + 1) ** 0.5) ** 2 if sigmas else 1
+
     latents = start * scheduler.init_noise_sigma
     first = scheduler.timesteps[0]
     if settings.reinitialisation:
         if constants.start_step:
-            latents = down(latents, 20, gradient(latents, first)[1])
+            latents = down(latents, 20 * stretch(0), gradient(latents, first)[1])
         with torch.no_grad():
             latents = slow_windows(
                 latents, run(latents, first, 1)[1], scene, settings, float(scheduler.init_noise_sigma)
             )
-    losses, going, count = [], True, len(scheduler.timesteps)
+    losses, seen, going, count = [], [], True, len(scheduler.timesteps)
     for step, timestep in enumerate(scheduler.timesteps):
         losses.append(math.nan)
-        if going:
+        # Heun's second evaluation of a step is forgotten, but for its slope
+        if going and not (sigmas and step % 2):
             losses[-1], slope = gradient(latents, timestep)
+            seen.append(losses[-1])
             share = 1 - 0.5 * step / (count - 1)
-            latents = down(latents, 20 * (math.sqrt(share) if constants.decay == "root" else share), slope)
-            going = not (step >= constants.patience and step and losses[-1] > losses[-2])
-            going = going and (constants.last is None or step < constants.last)
+            size = 20 * (math.sqrt(share) if constants.decay == "root" else share)
+            latents = down(latents, size * stretch(step), slope)
+            last = len(seen) - 1
+            going = not (last >= constants.patience and last and seen[-1] > seen[-2])
+            going = going and (constants.last is None or last < constants.last)
         with torch.no_grad():
             negative, positive = run(latents, timestep, 2)[0].chunk(2)
             latents = scheduler.step(negative + guidance_scale * (positive - negative), timestep, latents).prev_sample
     return latents, losses
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_guidance_is_as_strong_where_latents_are_scaled_up(unet, kind):
+    # DDIM's latents have variance 1 throughout; those of the others are sqrt(1 + sigma^2) times as long
+    composed_scene = scene(unet, 2)
+    settings = Settings(map_factor=2, reinitialisation=False, constants=Constants(last=0))
+    unguided = replace(settings, enhancement=False, fill=False, region=False)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "linspace"}
+    moved = []
+    for scheduler in (DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False), kind(**betas)):
+        found = [
+            compose(unet, scheduler, composed_scene, noise(), 40, 3.0, one).latents for one in (settings, unguided)
+        ]
+        moved.append(found[0] - found[1])
+    assert moved[0].norm() > 1
+    # schedulers differ in what follows; without the scale the others would hardly move
+    assert (moved[0] - moved[1]).norm() < 0.4 * moved[0].norm()
 
 
 CASES = {

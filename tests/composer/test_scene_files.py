@@ -12,7 +12,7 @@ from vision_lowrank import compose
 from vision_lowrank.composer.lora_files import LoraFileError, LoraWeights, LowRank, write_lora
 from vision_lowrank.composer.losses import CONSTANTS
 from vision_lowrank.composer.pipeline import build_pipeline
-from vision_lowrank.composer.render import draw_noise, load_base
+from vision_lowrank.composer.render import draw_noise, load_base, seeded
 from vision_lowrank.composer.sampler import Settings
 from vision_lowrank.composer.scene_files import load_scene, make_settings, prepare
 from vision_lowrank.errors import CheckpointError, ConfigError, VisionLowRankError
@@ -129,6 +129,10 @@ def test_settings_by_name():
         ({"prompt": None}, "prompt is missing"),
         ({"region": {"box": {"left": 0.5, "top": 0, "right": 0.5, "bottom": 1}}}, r"regions\[0\]: box .* is empty"),
         (
+            {"region": {"box": {"left": 0.05, "top": 0, "right": 1.05, "bottom": 1}}},
+            r"regions\[0\]: box .* leaves the image; give fractions of it up to 1, or whole pixels",
+        ),
+        (
             {"region": {"box": {"left": 8, "top": 0, "right": 40, "bottom": 9}}},
             r"regions\[0\]: box .* leaves the image",
         ),
@@ -138,7 +142,7 @@ def test_settings_by_name():
         ({"region": {"loras": ["nowhere.safetensors"]}}, "nowhere.safetensors"),
         ({"region": {"loras": ["OTHER"]}}, "other.safetensors: the LoRA changes layer"),
         ({"prompt": "a dog and " * 5}, "the text encoder takes 10"),
-        ({"settings": {"regoin": False}}, "settings: .*'regoin'"),
+        ({"settings": {"regoin": False}}, "settings: unknown key regoin, did you mean region"),
         ({"settings": {"constants": "papers"}}, "preset of constants 'papers'; it can be code or paper"),
         ({"settings": {"constants": {"top": 2}}}, "top is 2"),
         ({"height": 33}, "33 x 32 pixels; this model makes multiples of 2"),
@@ -155,6 +159,40 @@ def test_wrong_scenes_are_refused_before_a_run(folder, scene, configure, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeds=3", "seeds=3: give a list"),
+        ("seeds=[]", "give a list of whole numbers"),
+        ("seeds=[1.5]", "give a list of whole numbers"),
+        ("seeds=[2,2]", "the same seed is the same image"),
+        ("steps=0", "steps=0: give a whole number from 1"),
+        ("steps=2.5", "steps=2.5: give a whole number"),
+        ("guidance_scale=abc", "guidance_scale=abc: give a finite number"),
+        ("devices=0", "devices=0: give a whole number"),
+        ("device=tpu", "device=tpu: not to be had here"),
+        ("+settings.enhancement=off", "settings: enhancement is 'off', which is not true or false"),
+        ("+settings.fill=3", "settings: fill is 3, which is not true or false"),
+        ("+settings.constants=5", "constants is 5; give the name of a preset"),
+        ("+settings.constants.top=much", "settings: constants.top is 'much', which is not a number"),
+        ("+settings.overlaps=mine", "settings: overlaps is 'mine'; it can be own or official"),
+        ("+settings.map_factor=8", "map_factor is 8"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_run(scene, configure, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose.run(configure(scene(), override))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_single_constants_of_the_command_leave_the_scenes_others():
+    settings = {"fill": False, "constants": {"preset": "paper", "step_size": 5, "largest_step": 0.1}}
+    changed = compose._changed(settings, {"constants": {"step_size": 3}})
+    assert changed == {"fill": False, "constants": {"preset": "paper", "step_size": 3, "largest_step": 0.1}}
+    assert compose._changed({"constants": "paper"}, {}) == {"constants": {"preset": "paper"}}
+    assert compose._changed({}, {"fill": True}) == {"fill": True}
+
+
 def test_unknown_scenes_and_bases(scene, configure, folder, tmp_path):
     with pytest.raises(ConfigError, match="scene nowhere: not found"):
         compose.run(configure("nowhere"))
@@ -168,6 +206,6 @@ def test_unknown_scenes_and_bases(scene, configure, folder, tmp_path):
 
 def test_noise_of_a_seed_does_not_depend_on_the_others(folder):
     pipeline = load_base(str(folder / "base"))
-    both = draw_noise(pipeline, SIDE, SIDE, [7, 8])
-    assert torch.equal(both[1:], draw_noise(pipeline, SIDE, SIDE, [8]))
+    both = draw_noise(pipeline, SIDE, SIDE, seeded([7, 8]))
+    assert torch.equal(both[1:], draw_noise(pipeline, SIDE, SIDE, seeded([8])))
     assert not torch.equal(both[0], both[1])

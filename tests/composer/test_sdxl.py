@@ -11,10 +11,11 @@ from composer_zoo import make_encoder, make_tokenizer
 
 from vision_lowrank.composer.layout import Box, Region, Scene
 from vision_lowrank.composer.lora_files import LoraWeights, LowRank, check_fits, write_lora
-from vision_lowrank.composer.render import check_base, decode, draw_noise
+from vision_lowrank.composer.render import check_base, decode, draw_noise, seeded
 from vision_lowrank.composer.sampler import Settings, compose
 from vision_lowrank.composer.scene_files import added_conditions
 from vision_lowrank.composer.text import encode
+from vision_lowrank.errors import ConfigError
 
 WIDTHS, SIZE, STEPS, SCALE = (16, 24), (24, 32), 3, 4.0
 UNGUIDED = Settings(self_mask=False, enhancement=False, fill=False, region=False, reinitialisation=False, map_factor=2)
@@ -57,11 +58,42 @@ def ours(pipeline, scene, noise, settings=UNGUIDED):
 
 def test_without_regions_it_is_the_pipelines_own(pipeline):
     check_base(pipeline, "tiny")
-    noise = draw_noise(pipeline, *SIZE, [3])
+    noise = draw_noise(pipeline, *SIZE, seeded([3]))
     whole = encode(pipeline, "a cat on a mat")
     found = ours(pipeline, Scene(whole.text, added=added_conditions(whole, *SIZE)), noise)
     torch.testing.assert_close(found, theirs(pipeline, noise), atol=1e-5, rtol=1e-5)
     assert decode(pipeline, found).shape == (1, *SIZE, 3)
+
+
+def test_latents_are_decoded_as_by_the_pipeline(pipeline):
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    changed = copy.deepcopy(pipeline)
+    changed.vae.register_to_config(latents_mean=[0.5, -1.0, 0.2, 0.0], latents_std=[2.0, 0.5, 1.0, 3.0])
+    mean, deviation = (torch.tensor(changed.vae.config[name]).view(4, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        image = changed.vae.decode(latents * deviation / changed.vae.config.scaling_factor + mean).sample
+    expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().movedim(1, -1)
+    assert abs(decode(changed, latents).astype(float) - expected.numpy()).max() <= 1
+    assert abs(decode(pipeline, latents).astype(float) - expected.numpy()).max() > 9
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_single(pipeline):
+    latents = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    half = copy.deepcopy(pipeline)
+    with torch.no_grad():
+        # what goes into the first normalisation does not fit float16; the normalisation takes the scale back
+        half.vae.decoder.conv_in.weight *= 1e6
+    expected = decode(half, latents)
+    half.vae.register_to_config(force_upcast=True)
+    half.vae.half()
+    half.vae.decoder.conv_in.weight.data.fill_(60000)
+    half.vae.register_to_config(force_upcast=False)
+    with pytest.raises(ConfigError, match="pixels are not finite"):
+        decode(half, latents.half() * 1000)
+    half.vae.register_to_config(force_upcast=True)
+    assert decode(half, latents.half() * 1000).any()
+    assert half.vae.dtype == torch.float16
+    assert expected.any()
 
 
 def test_a_region_of_the_whole_image_is_the_pipeline_with_its_lora(pipeline, tmp_path):
@@ -80,7 +112,7 @@ def test_a_region_of_the_whole_image_is_the_pipeline_with_its_lora(pipeline, tmp
     lora = LoraWeights(changes(pipeline.unet, layers), *encoders)
     check_fits(lora, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     write_lora(lora, tmp_path / "lora.safetensors")
-    noise = draw_noise(pipeline, *SIZE, [3])
+    noise = draw_noise(pipeline, *SIZE, seeded([3]))
     own = encode(pipeline, "a cat on a mat", loras=[(lora, 1.0)], subject="cat")
     # the pooled text belongs to the image and not to a region, so here it is that of the region
     region = Region(Box(0, 0, 1, 1), own.text, own.tokens, [(lora.unet, 1.0)])

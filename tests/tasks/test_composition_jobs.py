@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,21 @@ def test_several_scenes_are_each_as_alone(folder, run):
     )
 
 
+@pytest.mark.parametrize("kind", ["EulerAncestralDiscreteScheduler", "LCMScheduler"])
+def test_schedulers_that_add_noise_repeat_a_seed_alone_and_beside_others(kind, folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "noisy")
+    scheduler = getattr(diffusers, kind)()
+    scheduler.save_pretrained(tmp_path / "noisy" / "base" / "scheduler")
+    index = tmp_path / "noisy" / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", kind]}))
+    scene = f"scene={tmp_path / 'noisy' / 'one.yaml'}"
+    together = run(scene)
+    for seed in (3, 4):
+        alone = np.asarray(Image.open(run(scene, f"seeds=[{seed}]") / f"one-seed{seed}.png")).astype(int)
+        # rounding of a batch, at most
+        assert np.abs(alone - np.asarray(Image.open(together / f"one-seed{seed}.png"))).max() <= 1
+
+
 def test_an_interrupted_run_makes_what_is_missing(folder, run):
     scenes = f"scene=[{folder / 'one.yaml'},{folder / 'two.yaml'}]"
     whole = run(scenes)
@@ -76,6 +92,10 @@ def test_an_interrupted_run_makes_what_is_missing(folder, run):
     assert np.array_equal(np.asarray(Image.open(whole / "two-seed4.png")), expected)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (whole / "metrics.json").is_file()
+    # an image that is gone is made again
+    (whole / "two-seed4.png").unlink()
+    assert run(scenes, f"resume={whole}") == whole
+    assert np.array_equal(np.asarray(Image.open(whole / "two-seed4.png")), expected)
     # nothing is left, which is no error
     assert run(scenes, f"resume={whole}") == whole
     with pytest.raises(ConfigError, match="that run differs in seeds"):

@@ -57,11 +57,18 @@ class RegionalUNet:
     """A UNet with its layers exchanged; made by `regional_unet`."""
 
     def __init__(
-        self, unet: UNet, scene: Scene, map_layers: Sequence[str], negative_loras: bool, **policies: Any
+        self,
+        unet: UNet,
+        scene: Scene,
+        map_layers: Sequence[str],
+        map_factor: int,
+        negative_loras: bool,
+        **policies: Any,
     ) -> None:
         self.unet = unet
         self.scene = scene
         self.map_layers = map_layers
+        self.map_factor = map_factor
         self.negative_loras = negative_loras
         self.size = (0, 0)  # of the map in the transformer that runs now
         self.rows = slice(0, 2)
@@ -264,10 +271,14 @@ def regional_unet(
     """
     layers, map_layers = checked_layers(unet, scene, map_factor)
     local = local_layers(unet, scene) if injection and all_layers else []
-    model = RegionalUNet(unet, scene, map_layers, negative_loras, cells=cells, overlaps=overlaps)
+    model = RegionalUNet(unet, scene, map_layers, map_factor, negative_loras, cells=cells, overlaps=overlaps)
     rows = model.changed_rows
     with ExitStack() as stack:
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        if unet.is_gradient_checkpointing:
+            # maps are kept as layers compute, once; what memory they take is seen to here
+            unet.disable_gradient_checkpointing()
+            stack.callback(unet.enable_gradient_checkpointing)
         stack.callback(_set_gradients, trained, True)
         _set_gradients(trained, False)
         regions = [
@@ -342,7 +353,11 @@ def _attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Sequenc
 
 def _probabilities(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
     """Returns the softmax (B, heads, N, M) of the scores, at least in float32."""
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5
+    if query.dtype == torch.float16:
+        # the product itself may be too large for it
+        query, scale = query * scale, 1.0
+    scores = query @ key.transpose(-2, -1) * scale
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))

@@ -43,8 +43,18 @@ def combine(loras: Sequence[Lora], name: str, unet: UNet) -> Factors | None:
         return None
     # files may lack the kernel of a single position
     down = torch.cat([change.down.to(weight).reshape(-1, *weight.shape[1:]) for change, _ in found])
-    up = torch.cat([(change.up * scale).to(weight) for change, scale in found], 1)
+    # small scales would be lost in the precision of the file
+    up = torch.cat([(_precise(change.up) * scale).to(weight) for change, scale in found], 1)
     return down, up[(..., *(None for _ in weight.shape[2:]))]
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _layer(module: nn.Module) -> nn.Module:
+    """Returns the layer that peft has wrapped in a LoRA of the pipeline's own, or the module itself."""
+    return cast(nn.Module, getattr(module, "base_layer", module))
 
 
 def local_layers(unet: UNet, scene: Scene) -> list[str]:
@@ -69,7 +79,7 @@ def local_layers(unet: UNet, scene: Scene) -> list[str]:
 def _has_positions(unet: UNet, name: str) -> bool:
     # a residual block adds its projection of the time to a map, unless it scales with it
     return (
-        isinstance(unet.get_submodule(name), nn.Conv2d)
+        isinstance(_layer(unet.get_submodule(name)), nn.Conv2d)
         or ".attentions." in name
         or (name.endswith(_TIME) and unet.config.resnet_time_scale_shift == "default")
     )
@@ -128,7 +138,7 @@ class Addition:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Returns the changed output (B, ..., out), or (B, out, height, width) of a convolution."""
         rows = self.rows(len(output))
-        change = apply_low_rank(cast(BaseLayer, module), inputs[0][rows], *self.factors)
+        change = apply_low_rank(cast(BaseLayer, _layer(module)), inputs[0][rows], *self.factors)
         return with_rows(output, rows, output[rows] + change)
 
 
@@ -150,9 +160,9 @@ class LocalAddition:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         """Returns the changed output (B, N, out), or (B, out, height, width) of a convolution."""
-        rows = self.rows(len(output))
-        add = self._add_to_map if isinstance(module, nn.Conv2d) else self._add_to_positions
-        return with_rows(output, rows, add(module, inputs[0][rows], output[rows]))
+        rows, layer = self.rows(len(output)), _layer(module)
+        add = self._add_to_map if isinstance(layer, nn.Conv2d) else self._add_to_positions
+        return with_rows(output, rows, add(layer, inputs[0][rows], output[rows]))
 
     def _add_to_positions(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         places = self.places(None)

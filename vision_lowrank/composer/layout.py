@@ -294,6 +294,17 @@ def check_architecture(unet: UNet) -> None:
     odd = {*config.down_block_types, config.mid_block_type, *config.up_block_types} - _BLOCKS - {None}
     flags = ("only_cross_attention", "dual_cross_attention", "encoder_hid_dim_type", "cross_attention_norm")
     found = sorted(odd) + [name for name in flags if config[name] not in (None, False)]
+    # what only these bases are given: parts of an image, classes, boxes, or the scale of guidance
+    usual = {
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "attention_type": ("default",),
+        "addition_embed_type": (None, "text_time"),
+        "time_cond_proj_dim": (None,),
+    }
+    found += [f"{name} {config[name]}" for name, values in usual.items() if config[name] not in values]
+    if config.in_channels != config.out_channels:
+        found.append(f"{config.in_channels} channels for {config.out_channels}")
     if found:
         raise ConfigError(f"the UNet has {', '.join(found)}; LoRA-Composer takes those of Stable Diffusion 1, 2, XL")
     for name, processor in model.attn_processors.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vision_lowrank.composer.attention import regional_unet
 from vision_lowrank.composer.layout import Scene, UNet
-from vision_lowrank.composer.sampler import Composition, Denoiser, Settings, checked, compose
+from vision_lowrank.composer.sampler import Composition, Denoiser, Generators, Settings, check_noise, checked, compose
 from vision_lowrank.composer.scene_files import LoadedScene, prepare, prepare_joined
 from vision_lowrank.errors import ConfigError
 
@@ -41,6 +41,26 @@ class Plan:
     settings: Settings
     turn: int | None = None
 
+    def check(self, unet: UNet, scheduler: Any, size: tuple[int, int]) -> None:
+        """Looks for what would stop `compose`, before any work.
+
+        Args:
+            unet: of Stable Diffusion 1, 2 or XL.
+            scheduler: any with `scale_model_input`.
+            size: height and width of the latents.
+
+        Raises:
+            ConfigError: scene, settings, UNet, scheduler or size do not go together.
+            AdapterError: a LoRA does not fit the UNet.
+        """
+        if missing := [name for name in ("scale_model_input", "init_noise_sigma") if not hasattr(scheduler, name)]:
+            raise ConfigError(f"the scheduler is a {type(scheduler).__name__}, without {missing[0]}; take another one")
+        for scene in self.scenes:
+            factor = self.settings.map_factor if scene.regions else 1
+            check_noise(unet, (1, unet.config.in_channels, *size), factor)
+            with torch.no_grad(), regional_unet(unet, scene, **self.settings.attention) as model:
+                model.places(size)
+
     def compose(
         self,
         unet: UNet,
@@ -48,7 +68,7 @@ class Plan:
         noise: Tensor,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> Composition:
         """Composes images; arguments and errors are those of `sampler.compose`."""
         if len(self.scenes) == 1:

@@ -101,30 +101,55 @@ def latent_shape(pipeline: Any, height: int, width: int) -> tuple[int, int, int]
     return pipeline.unet.config.in_channels, height // factor, width // factor
 
 
-def draw_noise(pipeline: Any, height: int, width: int, seeds: Sequence[int]) -> Tensor:
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Returns a generator on the processor for each seed: for `draw_noise`, and then for schedulers that add noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(pipeline: Any, height: int, width: int, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws noise (S, channels, height of the latent, its width), that of a seed the same on every device.
 
     Args:
         pipeline: the base model.
         height: of the image in pixels.
         width: of the image in pixels.
-        seeds: one an image.
+        generators: one an image.
 
     Raises:
         ConfigError: latents do not cover the image exactly.
     """
     shape = latent_shape(pipeline, height, width)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
     return torch.stack(noise).to(pipeline.unet.device, pipeline.unet.dtype)
 
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
-    """Turns finished latents into images, uint8 (S, height, width, 3)."""
+    """Turns finished latents into images, uint8 (S, height, width, 3).
+
+    Raises:
+        ConfigError: the autoencoder's pixels are not finite.
+    """
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    # one by one: the autoencoder's maps are the largest of all
-    images = [vae.decode(latent[None] / vae.config.scaling_factor + shift, return_dict=False)[0] for latent in latents]
-    pixels = (torch.cat(images).float() / 2 + 0.5).clamp(0, 1) * 255
+    mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and deviation is not None:
+        mean, deviation = (torch.tensor(values).to(latents).view(-1, 1, 1) for values in (mean, deviation))
+        latents, shift = latents * deviation, shift + mean
+    # that of SDXL overflows in float16, and says so
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.float()
+    try:
+        # one by one: the autoencoder's maps are the largest of all
+        scaled = (latent[None] / vae.config.scaling_factor + shift for latent in latents)
+        images = [vae.decode(latent.to(vae.dtype), return_dict=False)[0] for latent in scaled]
+    finally:
+        if upcast:
+            vae.half()
+    found = torch.cat(images).float()
+    if not found.isfinite().all():
+        raise ConfigError("the autoencoder's pixels are not finite; compose in float32 or bfloat16")
+    pixels = (found / 2 + 0.5).clamp(0, 1) * 255
     array: np.ndarray = pixels.round().byte().movedim(1, -1).cpu().numpy()
     return array

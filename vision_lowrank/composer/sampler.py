@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from vision_lowrank.composer.attention import Maps, RegionalUNet, regional_unet
 from vision_lowrank.composer.layout import CellPolicy, OverlapPolicy, Scene, UNet
 from vision_lowrank.composer.losses import LOSSES, Constants, Losses, evaluate, token_maps
 from vision_lowrank.errors import ConfigError
+
+# one for all images, or one for each
+Generators: TypeAlias = torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def compose(
     steps: int = 50,
     guidance_scale: float = 7.5,
     settings: Settings | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Composition:
     """Composes images of one scene from noise; the UNet is left as it was.
 
@@ -105,7 +108,9 @@ def compose(
         AdapterError: a LoRA does not fit the UNet.
     """
     settings = settings or Settings()
-    _check_noise(unet, noise, settings.map_factor if scene.regions else 1)
+    check_noise(unet, tuple(noise.shape), settings.map_factor if scene.regions else 1)
+    if noise.device != unet.device:
+        raise ConfigError(f"noise is on {noise.device} and the UNet on {unet.device}; put both on one device")
     denoiser = Denoiser(scheduler, noise.device, steps, guidance_scale, generator)
     # in inference mode there would be no gradients, and no word of it
     with torch.inference_mode(False), torch.no_grad(), regional_unet(unet, scene, **settings.attention) as model:
@@ -136,13 +141,14 @@ class Denoiser:
         device: torch.device,
         steps: int,
         guidance_scale: float,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> None:
         scheduler.set_timesteps(steps, device=device)
         self.scheduler = scheduler
         self.guidance_scale = guidance_scale
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        self._extra = {"generator": generator} if takes_generator else {}
+        # as pipelines of diffusers do
+        takes = inspect.signature(scheduler.step).parameters
+        self._extra = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in takes}
 
     def predict(self, model: RegionalUNet, latents: Tensor, timestep: Tensor) -> Tensor:
         """Returns the guided output of the UNet for latents (S, channels, height, width)."""
@@ -224,7 +230,7 @@ def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tupl
         model: knows the regions.
         moments: mean and deviation that each image gets, (S, 1, 1, 1); None for what they were.
     """
-    factor = -(-latents.shape[2] // maps.size[0])
+    factor = model.map_factor
     places = model.places(maps.size)
     out, layers = latents.clone(), torch.zeros_like(latents)
     for region, cross, cells in zip(model.scene.regions, maps.cross, places.cells, strict=True):
@@ -262,14 +268,20 @@ def _laid_out(model: RegionalUNet, scheduler: Any, latents: Tensor, settings: Se
         moments = (torch.zeros_like(deviation), deviation)
     if constants.start_step:
         _, gradient = guide(model, scheduler, latents, timestep, constants)
-        latents = latents - _change(gradient, latents, constants, 0, len(scheduler.timesteps))
+        latents = latents - _change(gradient, latents, constants, 0, scheduler)
     maps = model.maps(scheduler.scale_model_input(latents, timestep), timestep, own=False)
     return reinitialise(latents, maps, model, moments)
 
 
-def _change(gradient: Tensor, latents: Tensor, constants: Constants, index: int, steps: int) -> Tensor:
-    """Returns by how much the latents (S, ...) go down the gradient in step `index` of `steps`."""
-    change = constants.step_at(index, steps) * gradient
+def _change(gradient: Tensor, latents: Tensor, constants: Constants, index: int, scheduler: Any) -> Tensor:
+    """Returns by how much the latents (S, ...) go down the gradient in step `index`.
+
+    Step sizes are for latents of variance 1, as the UNet sees them. Where a scheduler's are longer by 1 / c, so has the
+    step to be, and the gradient is shorter by c besides.
+    """
+    ones = latents.new_ones(1, 1, 1, 1)
+    scale = scheduler.scale_model_input(ones, scheduler.timesteps[index])
+    change = constants.step_at(index, len(scheduler.timesteps)) * gradient / scale.square()
     if constants.largest_step is None:
         return change
     length, norm = (torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) for x in (change, latents))
@@ -288,8 +300,8 @@ class _Guidance:
         self.model = model
         self.scheduler = scheduler
         self.constants = constants
-        self.steps = len(scheduler.timesteps)
         self.losses: list[Tensor] = []
+        self.totals: list[Tensor] = []
         wanted = bool(model.scene.regions) and any((constants.enhancement, constants.fill, constants.region))
         self.active = torch.full((images,), wanted, device=model.unet.device)
 
@@ -298,23 +310,23 @@ class _Guidance:
         # at least float32: bfloat16 could not tell whether a loss grows
         kind = torch.promote_types(latents.dtype, torch.float32)
         self.losses.append(latents.new_full((len(latents),), torch.nan, dtype=kind))
-        if not self.active.any():
+        # the second evaluation of a step, as Heun's, starts from where the first one did
+        if not self.active.any() or not getattr(self.scheduler, "state_in_first_order", True):
             return latents
         total, gradient = guide(self.model, self.scheduler, latents[self.active], timestep, self.constants)
         self.losses[-1][self.active] = total.to(kind)
         moved = latents.clone()
-        moved[self.active] -= _change(gradient, latents[self.active], self.constants, index, self.steps)
-        self.active &= goes_on(self.losses, self.constants)
+        moved[self.active] -= _change(gradient, latents[self.active], self.constants, index, self.scheduler)
+        self.totals.append(self.losses[-1])
+        self.active &= goes_on(self.totals, self.constants)
         return moved
 
 
-def _check_noise(unet: UNet, noise: Tensor, factor: int) -> None:
-    """Raises ConfigError where the noise cannot become an image of this UNet."""
+def check_noise(unet: UNet, shape: tuple[int, ...], factor: int) -> None:
+    """Raises ConfigError where noise of that shape cannot become an image of this UNet."""
     channels = unet.config.in_channels
-    if noise.ndim != 4 or noise.shape[1] != channels or min(noise.shape[2:], default=0) < 2 * factor:
+    if len(shape) != 4 or shape[1] != channels or min(shape[2:], default=0) < 2 * factor:
         raise ConfigError(
-            f"noise is {tuple(noise.shape)}; this UNet takes (images, {channels}, height, width), both sides at least "
+            f"noise is {shape}; this UNet takes (images, {channels}, height, width), both sides at least "
             f"{2 * factor} so that maps have two positions"
         )
-    if noise.device != unet.device:
-        raise ConfigError(f"noise is on {noise.device} and the UNet on {unet.device}; put both on one device")

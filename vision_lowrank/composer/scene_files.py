@@ -5,7 +5,7 @@ fractions of the image if none is above 1, otherwise pixels.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vision_lowrank.composer.losses import CONSTANTS
 from vision_lowrank.composer.sampler import Settings
 from vision_lowrank.composer.text import Encoded, encode
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.records import nearest, read_record
+from vision_lowrank.records import make_record, nearest, read_record
 
 SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 
@@ -214,6 +214,13 @@ def prepare_joined(scene: LoadedScene, pipeline: Any, active: Collection[str]) -
     prompt = file.joined_prompt or " and ".join(region.prompt for region in file.regions) or file.prompt
     negative = file.negative_prompt if file.joined_negative_prompt is None else file.joined_negative_prompt
     entries = {entry.file: entry for region in file.regions for entry in region.loras}
+    for region in file.regions:
+        for entry in region.loras:
+            if entry.strength != entries[entry.file].strength:
+                raise ConfigError(
+                    f"scene {scene.name}: {entry.file} has the strengths {entry.strength} and "
+                    f"{entries[entry.file].strength}; this method has one for the whole image"
+                )
     loras = scene.of(file.background) + [
         (scene.loras[name], entry.strength if name in active else 0.0) for name, entry in entries.items()
     ]
@@ -244,17 +251,28 @@ def make_settings(options: Mapping[str, Any], where: str) -> Settings:
         where: what they belong to, for messages.
 
     Raises:
-        ConfigError: an option is unknown or out of range.
+        ConfigError: an option is unknown, of another kind or out of range.
     """
-    constants = options.get("constants", "code")
-    changes = {"preset": constants} if isinstance(constants, str) else dict(constants)
+    changes = constants_of(options)
     preset = changes.pop("preset", "code")
     if preset not in CONSTANTS:
         raise ConfigError(f"{where}: preset of constants {preset!r}; it can be {' or '.join(CONSTANTS)}")
-    try:
-        return Settings(**{**options, "constants": replace(CONSTANTS[preset], **changes)})
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{where}: settings: {str(error).partition('() ')[2] or error}; correct it") from error
+    numbers = {**asdict(CONSTANTS[preset]), **changes}
+    return make_record(Settings, {**options, "constants": numbers}, f"{where}: settings", ConfigError)
+
+
+def constants_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the constants among options of `make_settings` as a mapping, where they may be the name of a preset.
+
+    Raises:
+        ConfigError: they are neither.
+    """
+    constants = options.get("constants", {})
+    if isinstance(constants, str):
+        return {"preset": constants}
+    if not isinstance(constants, Mapping):
+        raise ConfigError(f"constants is {constants!r}; give the name of a preset, or a mapping of numbers")
+    return dict(constants)
 
 
 def unet_changes(loras: list[tuple[LoraWeights, float]]) -> list[Lora]:
@@ -272,6 +290,8 @@ def added_conditions(encoded: Encoded, height: int, width: int) -> dict[str, Ten
 
 def _box(entry: BoxEntry, scene: SceneFile, where: str) -> Box:
     edges = (entry.top, entry.left, entry.bottom, entry.right)
+    if max(edges) < 2 and any(edge % 1 for edge in edges) and max(edges) > 1:
+        raise ConfigError(f"{where}: box {list(edges)} leaves the image; give fractions of it up to 1, or whole pixels")
     try:
         return Box(*edges) if max(edges) <= 1 else Box.from_pixels(*edges, scene.height, scene.width)
     except ConfigError as error:

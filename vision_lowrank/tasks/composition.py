@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vision_lowrank.composer.methods import Plan
-from vision_lowrank.composer.render import decode, draw_noise
+from vision_lowrank.composer.render import decode, draw_noise, seeded
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.runs import atomic_path, write_json
 
@@ -57,7 +57,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether the images are there."""
-        return self.record.is_file()
+        return self.record.is_file() and all(path.is_file() for path in self.images)
 
 
 class Composition(L.LightningModule):
@@ -88,10 +88,12 @@ class Composition(L.LightningModule):
             # Lightning notes the signal, and looks at it in training only
             raise SystemExit(128 + signal.SIGTERM)
         job, pipeline = self.jobs[number], self.pipeline
-        noise = draw_noise(pipeline, job.height, job.width, job.seeds)
+        generators = seeded(job.seeds)
+        noise = draw_noise(pipeline, job.height, job.width, generators)
         started = time.perf_counter()
         with PeakMemory(noise.device) as memory:
-            found = job.plan.compose(pipeline.unet, pipeline.scheduler, noise, job.steps, job.guidance_scale)
+            settings = (job.steps, job.guidance_scale, generators)
+            found = job.plan.compose(pipeline.unet, pipeline.scheduler, noise, *settings)
             images = decode(pipeline, found.latents)
         seconds = time.perf_counter() - started
         for path, image in zip(job.images, images, strict=True):
