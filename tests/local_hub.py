@@ -16,6 +16,7 @@ class Hub:
         self.kind = "application/octet-stream"
         self.knows_ranges = True
         self.tells_length = True
+        self.more_headers = {}
         self.requests = []
 
     def ranges(self):
@@ -46,6 +47,8 @@ class HubHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", hub.kind)
         if hub.tells_length:
             self.send_header("Content-Length", str(len(body) - start))
+        for header in hub.more_headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body[start:][:cut])
 

@@ -66,6 +66,22 @@ def patches(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """Folder of LoLA-SpecViT whose weights were all trained, as by default, and its function."""
+    folder = tmp_path_factory.mktemp("full")
+    model = LolaSpecViT(COMPONENTS, CLASSES, SIDE, (2, 4), (3, 3), 64, (1,), (4,), window_size=7)
+    randomise(model)
+    scaling = write_run(folder, model, True, "full", {}, ["image"])
+
+    def reference(image):
+        scaled = np.einsum("kc,bchw->bkhw", scaling["projection"], standardised(image, scaling))
+        with torch.no_grad():
+            return model.eval()(torch.from_numpy(scaled)).numpy()
+
+    return folder, reference
+
+
+@pytest.fixture(scope="module")
 def windows(tmp_path_factory):
     """Folder of LESS ViT on a part of the bands, and the function from raw windows to its logits."""
     folder = tmp_path_factory.mktemp("windows")
@@ -99,6 +115,7 @@ def export(repository, folder, out):
     [
         ("patches", ".pt2"),
         ("patches", ".onnx"),
+        ("full", ".onnx"),
         ("windows", ".pt2"),
         pytest.param("windows", ".onnx", marks=pytest.mark.slow),
     ],

@@ -28,7 +28,7 @@ from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.models.heads import LessSegmentation
-from vision_lowrank.prediction_files import Parts
+from vision_lowrank.prediction_files import Grid, Parts, write_geotiff
 from vision_lowrank.training import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -419,6 +419,41 @@ def test_options_that_contradict_each_other(options, message):
     given = [option for option in ("weights=none", "scene=none", "out=map.tif") if options[0][:3] != option[:3]]
     with pytest.raises(ConfigError, match=message):
         command.predict(configure("configs/predict", "predict", *given, *options))
+
+
+@pytest.mark.parametrize("option", ["out", "probabilities"])
+def test_the_scene_is_not_overwritten(option, pixel_run, scene, tmp_path):
+    source = write_raster(scene, tmp_path / "scene.tif")
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match=r"scene\.tif is the scene itself"):
+        predict(pixel_run, source, tmp_path / "map.tif", f"{option}={source}")
+    assert source.read_bytes() == before
+
+
+def test_windows_that_nothing_is_known_of_are_not_used(tmp_path):
+    parts = Parts(tmp_path / "map.tif", {"weights": "a"})
+    parts.save(0, {"classes": np.zeros((1, 2, 2), np.uint8)})
+    # as a removal leaves it that is killed midway
+    (parts.folder / "identity.json").unlink()
+    assert Parts(tmp_path / "map.tif", {"weights": "b"}).missing(1) == [0]
+    (parts.folder / "identity.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"identity\.json is damaged"):
+        Parts(tmp_path / "map.tif", {"weights": "b"})
+
+
+def test_a_raster_that_gdal_could_not_write_whole_is_not_kept(tmp_path, monkeypatch):
+    values = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
+    parts = Parts(tmp_path / "map.tif", {})
+    parts.save(0, {"embeddings": values})
+    grid = Grid([streams.Window(0, 0, 8, 8)], 8, 8, 1, 16, None)
+    write_geotiff(tmp_path / "map.tif", parts, "embeddings", grid, ["first"])
+    before = (tmp_path / "map.tif").read_bytes()
+    write = rasterio.io.DatasetWriter.write
+    monkeypatch.setattr(rasterio.io.DatasetWriter, "write", lambda self, x, **options: write(self, x * 0, **options))
+    with pytest.raises(OSError, match="could not be written whole") as caught:
+        write_geotiff(tmp_path / "map.tif", parts, "embeddings", grid, ["first"])
+    assert caught.value.filename == str(tmp_path / "map.tif")
+    assert (tmp_path / "map.tif").read_bytes() == before
 
 
 def test_what_is_not_given_is_named():

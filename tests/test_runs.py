@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from vision_lowrank import runs
 from vision_lowrank.errors import ConfigError
@@ -131,3 +132,24 @@ def test_git_state_tells_commit_dirt_and_strangers(tmp_path):
     stranger.write_text("")
     assert runs._git_state(tracked)["dirty"] is True
     assert runs._git_state(stranger) is None
+
+
+def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
+    def configuration(**changes):
+        content = {
+            "data": {"card": "a", "root": "data", "num_workers": 0},
+            "task": {"rate": 1},
+            "trainer": {"epochs": 2},
+        }
+        content["seed"] = 0
+        return OmegaConf.merge(content, changes, {"ckpt_path": str(tmp_path / "run" / "checkpoints" / "last.ckpt")})
+
+    with pytest.raises(ConfigError, match=r"no config\.yaml in .*run; give a checkpoint inside its run"):
+        runs.resumed_run(configuration())
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(configuration(), tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "provenance.json").write_text("{}")
+    free = {"data": {"root": "elsewhere", "num_workers": 2}, "trainer": {"epochs": 5}}
+    assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"that run differs in data\.card, data\.whiten, seed, task\.rate; give"):
+        runs.resumed_run(configuration(data={"card": "b", "whiten": True}, task={"rate": 2}, seed=9))

@@ -5,10 +5,10 @@ checkpoints/last.ckpt   the end of the last epoch, or, where epochs are long, a 
 pretraining/last.ckpt   the same of a pretraining that comes first
 """
 
+import errno
 import pickle
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,11 @@ class WholeFiles(TorchCheckpointIO):
             OSError: the disk is full, the folder is read-only, or the like; `filename` is `path`.
         """
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # a full disk shows itself to the zip writer as a wrong position
+                raise OSError(errno.ENOSPC, f"cannot be written whole ({error})", str(path)) from error
 
 
 class LastCheckpoint(Checkpoint):
@@ -166,6 +170,24 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Writes the best epoch, and keeps to its own folder.
+
+    Lightning's own takes over the paths that a checkpoint names, deletes what lies there once an epoch is better, and
+    forgets the best score where the run was moved.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the scores of a checkpoint; the file they are of is the one in this folder, if there is one."""
+        path = Path(str(self.dirpath)) / f"{self.filename}{self.FILE_EXTENSION}"
+        score = state_dict.get("best_model_score")
+        if not isinstance(score, Tensor) or not path.is_file():
+            return
+        self.best_model_path = self.kth_best_model_path = str(path)
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {str(path): score}
+
+
 def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint, LastCheckpoint]:
     """Returns what writes `checkpoints/best.ckpt`, by a metric that is to be "min" or "max", and `last.ckpt`."""
     place = folder / "checkpoints"
@@ -174,7 +196,7 @@ def checkpoints(folder: Path, monitor: str, mode: str) -> tuple[ModelCheckpoint,
 
 def best_checkpoint(folder: Path, monitor: str, mode: str, save_weights_only: bool = False) -> ModelCheckpoint:
     """Returns what writes `best.ckpt` into a folder, see `checkpoints`."""
-    return ModelCheckpoint(
+    return BestCheckpoint(
         *(folder, "best", monitor),
         mode=mode,
         save_weights_only=save_weights_only,
@@ -203,7 +225,8 @@ def read_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
             f"checkpoint {path}: damaged, or holds objects other than tensors and numbers, which could be code; it is "
             "not loaded: take the last.ckpt of a run of this project"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # damage ends in errors of many kinds
         raise CheckpointError(f"checkpoint {path}: damaged ({error}); take an older one or start anew") from error
     if not isinstance(content, dict) or not {"state_dict", "history", *needed} <= content.keys():
         raise CheckpointError(f"checkpoint {path}: not of this task; give the checkpoints/last.ckpt of a run of it")

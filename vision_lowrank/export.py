@@ -102,7 +102,8 @@ def export(config: DictConfig) -> list[Path]:
             f"out={out}: {', '.join(missing)} not installed; pip install 'vision-lowrank[onnx]', or give a .pt2"
         )
     run = load_run(config.weights)
-    model = ScaledModel(run).eval()
+    # with gradients wanted, tracing and ONNX take different kernels for attention, whose results lie otherwise
+    model = ScaledModel(run).eval().requires_grad_(False)
     program = trace(model, len(run.bands))
     with atomic_path(out) as temporary:
         if out.suffix == ".pt2":

@@ -174,8 +174,10 @@ def train_network(
     if process_rank() > 0:
         return None
     facts["training_seconds"] = time.perf_counter() - started
-    task.load_state_dict(read_checkpoint(best.best_model_path, "strength")["state_dict"])
-    kept = max(task.history, key=lambda row: row[CHOICE])
+    content = read_checkpoint(best.best_model_path, "strength")
+    task.load_state_dict(content["state_dict"])
+    # facts of the very weights; the best of the history is another epoch where best.ckpt was lost on the way
+    kept = next(row for row in task.history if row["epoch"] == content["epoch"] + 1)
     facts |= {"best_epoch": kept["epoch"], "epochs": task.history[-1]["epoch"], "validation_oa": kept["val/OA"]}
     count = count_trained(model)
     facts["parameters"] = {
@@ -290,7 +292,7 @@ def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
     """Tells whether a base was trained without labels on the files of this scene, as far as its folder or run tells."""
     run = folder.parent
     if (run / "split.npz").exists():
-        return (run / "pretraining.csv").exists()
+        return (run / "pretraining.csv").exists() or _was_transductive(run)
     own = folder / "provenance.json"
     try:
         record = own if own.exists() else run / "provenance.json"
@@ -298,6 +300,15 @@ def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return not set(seen).isdisjoint(data.scene.hashes.values())
+
+
+def _was_transductive(run: Path) -> bool:
+    """Tells whether a run's own base had seen the scene, as its facts say."""
+    try:
+        facts = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["facts"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(facts.get("transductive", False))
 
 
 def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:

@@ -48,6 +48,9 @@ def predict(config: DictConfig) -> list[Path]:
     out, probabilities = _outputs(config)
     run = load_run(config.weights)
     stream = open_stream(config.scene, config.root)
+    for path in (out, probabilities):
+        if path is not None and path.resolve() in {file.resolve() for file in stream.files}:
+            raise ConfigError(f"{path} is the scene itself; give another name to the map")
     channels = stream.channels_like(run.bands, run.kept, run.card.shape.channels)
     if stream.bands is None:
         logger.info("%s tells no wavelengths: taken to be those of %s", stream.name, run.card.name)
@@ -62,6 +65,12 @@ def predict(config: DictConfig) -> list[Path]:
     identity = {
         "weights": run.digest,
         "scene": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in stream.files],
+        "meaning": [
+            repr(stream.nodata),
+            stream.gsd,
+            None if stream.bands is None else stream.bands.wavelengths.tolist(),
+        ],
+        "run": run.data,
         "outputs": [config.what] if probabilities is None else [config.what, "probabilities"],
         "precision": precision,
         "windows": [len(windows), side],

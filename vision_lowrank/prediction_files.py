@@ -8,6 +8,7 @@ A raster that grows in place is damaged by a kill at the wrong moment; windows o
 GeoTIFFs are written under temporary names, then renamed, and the folder is removed.
 """
 
+import errno
 import json
 import shutil
 import warnings
@@ -21,7 +22,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from matplotlib.colors import to_rgba
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 
 from vision_lowrank.data.readers import Georeference
@@ -50,9 +51,14 @@ class Parts:
         self.folder = out.with_name(f".{out.stem}.parts")
         note = self.folder / "identity.json"
         if not note.is_file():
+            # windows that nothing is known of, as of a removal that was killed
+            shutil.rmtree(self.folder, ignore_errors=True)
             write_json(note, identity)
             return
-        known = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"out={out}: {note} is damaged ({error}); delete {self.folder}") from error
         if changed := [key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key)]:
             raise ConfigError(
                 f"out={out}: {self.folder} holds an unfinished prediction with other {', '.join(sorted(changed))}; "
@@ -86,7 +92,8 @@ class Parts:
         return [index for index in range(count) if not self.path(index).is_file()]
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Deletes the folder; first the note, without which what remains of a killed removal counts for nothing."""
+        (self.folder / "identity.json").unlink()
         shutil.rmtree(self.folder)
 
 
@@ -166,9 +173,21 @@ def write_geotiff(
                 file.set_band_description(band, description)
             for index, window in enumerate(grid.windows):
                 values = parts.load(index, name)
-                file.write(
-                    values,
-                    window=RasterWindow(
-                        window.left // grid.scale, window.top // grid.scale, values.shape[2], values.shape[1]
-                    ),
+                file.write(values, window=_place(window, grid, values))
+        # on a full disk GDAL may end without an error
+        try:
+            with rasterio.open(temporary) as file:
+                whole = all(
+                    np.array_equal(file.read(window=_place(window, grid, values)), values, equal_nan=floating)
+                    for index, window in enumerate(grid.windows)
+                    for values in [parts.load(index, name)]
                 )
+        except RasterioError:
+            whole = False
+        if not whole:
+            raise OSError(errno.ENOSPC, "the file could not be written whole; is the disk full?", str(path))
+
+
+def _place(window: Window, grid: Grid, values: np.ndarray) -> RasterWindow:
+    """Returns where the values (bands, height, width) of a window of the scene lie in the raster."""
+    return RasterWindow(window.left // grid.scale, window.top // grid.scale, values.shape[2], values.shape[1])

@@ -151,6 +151,6 @@ class WindowPredictor:
 class _LastMap(nn.Module):
     """In place of a head, returns the last map that it would read."""
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps maps (B, D, h, w) to the last of them."""
-        return maps[-1]
+    def forward(self, maps: Tensor | list[Tensor]) -> Tensor:
+        """Maps a map (B, D, h, w), or several of them to the last."""
+        return maps if isinstance(maps, Tensor) else maps[-1]

@@ -36,7 +36,7 @@ from vision_lowrank.models.less_vit import assemble
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.plots.reconstructions import save_reconstructions, save_spectra
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_folder, process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_folder, process_rank, resumed_run, start_run, write_csv, write_json
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
         hashes = [pair for source in data.sources.values() for pair in source.hashes().items()]
         folder = start_run(config, precision, dict(hashes))
     else:
-        folder = Path(config.ckpt_path).resolve().parents[1]
+        folder = resumed_run(config)
     for name, source in data.sources.items():
         logger.info(
             "%s: %d training, %d validation, %d test tiles of %d x %d pixels, %d channels",

@@ -1,6 +1,7 @@
 """YAML files as records: dataclasses whose annotations say what each key holds, checked key by key."""
 
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -12,6 +13,9 @@ import yaml
 from vision_lowrank.errors import VisionLowRankError
 
 T = TypeVar("T")
+# values in messages; its arguments are known since Python 3.12 only
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxstring, _SHOWN.maxother = 3, 20, 20, 200, 200
 
 
 def read_record(record: type[T], path: Path, kind: str, error: type[VisionLowRankError]) -> T:
@@ -63,13 +67,19 @@ class _Builder:
     def build(self, hint: Any, value: Any, key: str) -> Any:
         """Turns parsed YAML into the annotated type `hint`, or tells which key is wrong."""
         origin, arguments = get_origin(hint), get_args(hint)
-        wrong = self.error(f"{self.where}: {key or self.whole} is {value!r}, which is not {_describe(hint)}")
+
+        def wrong() -> VisionLowRankError:
+            # the whole text of nested aliases would have no bounds
+            return self.error(
+                f"{self.where}: {key or self.whole} is {_SHOWN.repr(value)}, which is not {_describe(hint)}"
+            )
+
         if is_dataclass(hint):
             needed = [item.name for item in fields(hint) if _is_needed(item)]
             if isinstance(value, str) and len(needed) == 1 and get_type_hints(hint)[needed[0]] is str:
                 value = {needed[0]: value}
             if not isinstance(value, Mapping):
-                raise wrong
+                raise wrong()
             return self._dataclass(hint, value, key)
         if origin in (Union, types.UnionType):
             if value is None and type(None) in arguments:
@@ -80,11 +90,11 @@ class _Builder:
             return self.build(next(option for option in arguments if option is not type(None)), value, key)
         if origin is tuple:
             if not isinstance(value, list):
-                raise wrong
+                raise wrong()
             return tuple(self.build(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
         if origin is dict:
             if not isinstance(value, Mapping):
-                raise wrong
+                raise wrong()
             return {str(name): self.build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
         if origin is Literal:
             if value not in arguments:
@@ -94,7 +104,7 @@ class _Builder:
         if hint is float and type(value) is int:
             return float(value)
         if hint is not Any and type(value) is not hint:
-            raise wrong
+            raise wrong()
         return value
 
     def _dataclass(self, hint: Any, value: Mapping[Any, Any], key: str) -> Any:

@@ -29,6 +29,9 @@ from vision_lowrank.errors import ConfigError
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
 _LEFTOVER = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.part(?P<suffix>\.\w+)?")
+# sections that make a run what it is, but for where things lie and who reads them
+_OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "seed"}
+_PLACES = {"data.root", "data.num_workers"}
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
 
@@ -217,6 +220,34 @@ def open_run(config: DictConfig, precision: str) -> Path:
     if process_rank() == 0:
         remove_leftovers(path.parent)
     return path.parent
+
+
+def resumed_run(config: DictConfig) -> Path:
+    """Returns the folder of the run that `config.ckpt_path` is of.
+
+    Raises:
+        ConfigError: it lies in no run, or in one with other data, model or training.
+    """
+    folder = Path(config.ckpt_path).resolve().parents[1]
+    for name in ("config.yaml", "provenance.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"ckpt_path={config.ckpt_path}: no {name} in {folder}; give a checkpoint inside its run")
+    before, now = (_flat(_settings(one)) for one in (OmegaConf.load(folder / "config.yaml"), config))
+    keys = {key for key in before.keys() | now.keys() if key.partition(".")[0] in _OF_A_RUN} - _PLACES
+    if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
+        raise ConfigError(
+            f"ckpt_path={config.ckpt_path}: that run differs in {', '.join(changed)}; give the same options"
+        )
+    return folder
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested entries under names with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
 
 
 def _settings(config: Any) -> dict[str, Any]:

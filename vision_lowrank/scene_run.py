@@ -23,7 +23,7 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk
 from vision_lowrank.reporting import save_scene_pictures
-from vision_lowrank.runs import atomic_path, process_rank, start_run
+from vision_lowrank.runs import atomic_path, process_rank, resumed_run, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
 def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> Path:
     """Returns the folder of a new or a resumed run after writing what is known before the work."""
     if config.ckpt_path is not None:
-        folder = Path(config.ckpt_path).resolve().parents[1]
+        folder = resumed_run(config)
         if Split.load(folder / "split.npz").digest() != data.split.digest():
             raise CheckpointError(f"{config.ckpt_path}: trained on another split; resume with that run's configuration")
         return folder

@@ -18,7 +18,7 @@ from vision_lowrank.models.saved import load_saved
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
 from vision_lowrank.plots.confusion import save_confusion
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import process_rank, resumed_run, start_run, write_csv, write_json
 from vision_lowrank.tasks.sprite_classification import SpriteClassification
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def run_classifier(config: DictConfig) -> Path:
     if config.ckpt_path is None:
         folder = start_run(config, precision, {SHEET.name: hashlib.sha256(SHEET.read_bytes()).hexdigest()})
     else:
-        folder = Path(config.ckpt_path).resolve().parents[1]
+        folder = resumed_run(config)
     best, last = checkpoints(folder, "val/accuracy", "max")
     trainer = make_trainer(config, precision, [best, last], reload_dataloaders_every_n_epochs=1)
     started = time.perf_counter()

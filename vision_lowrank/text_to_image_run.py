@@ -32,7 +32,7 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_folder, atomic_path, process_rank, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_folder, atomic_path, process_rank, resumed_run, start_run, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
 
@@ -118,7 +118,7 @@ def run_text_to_image(config: DictConfig) -> Path:
     if config.ckpt_path is None:
         folder = start_run(config, precision, {SHEET.name: hashlib.sha256(SHEET.read_bytes()).hexdigest()})
     else:
-        folder = Path(config.ckpt_path).resolve().parents[1]
+        folder = resumed_run(config)
     seconds = _fit(config, task, data, folder, precision)
     if process_rank() > 0:
         return folder

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -179,6 +180,33 @@ def test_a_wrong_answer_leaves_no_file_and_is_not_repeated(repository_files, mak
     assert "\n" not in str(caught.value)
     assert repository_files.ranges() == [("image.npy", None)]
     assert files_below(root) == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "part", "tells_length", "message"),
+    [
+        ({"Content-Encoding": "gzip"}, b"", True, "sent the file as gzip"),
+        ({"Content-Range": "bytes 0-900000/900001"}, IMAGE[:1000], True, "another part of the file than was asked for"),
+        ({}, b"", False, "may end early"),
+    ],
+)
+def test_what_could_be_another_file_gets_no_name(
+    repository_files, make_card, root, headers, part, tells_length, message
+):
+    write_part(root, part)
+    repository_files.more_headers, repository_files.tells_length = headers, tells_length
+    with pytest.raises(DownloadError, match=message):
+        fetch(make_card(), root)
+    assert not (root / "tiny" / "image.npy").exists()
+
+
+def test_two_at_once_load_a_file_once(repository_files, make_card, root):
+    card = make_card({"path": "image.npy", "size": len(IMAGE), "sha256": sha256(IMAGE)})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fetch(card, root), range(4)))
+    assert (root / "tiny" / "image.npy").read_bytes() == IMAGE
+    assert repository_files.ranges().count(("image.npy", None)) == 1
+    assert files_below(root) == ["tiny/image.npy", "tiny/labels.npy"]
 
 
 def test_without_network_the_way_by_hand_is_told(no_network, make_card, root):

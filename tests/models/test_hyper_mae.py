@@ -170,12 +170,6 @@ def test_patches_go_back_to_their_image():
     assert torch.equal(assemble(patches.pixels, patches.rows), image)
 
 
-def test_targets_of_one_pixel_are_refused_where_they_would_all_be_0():
-    with pytest.raises(ConfigError, match="a patch of one pixel has no contrast"):
-        HyperMAE(LessViT(patch_size=1, embed_dim=48, depth=1, num_heads=3))
-    HyperMAE(LessViT(patch_size=1, embed_dim=48, depth=1, num_heads=3), normalise_targets=False)
-
-
 def test_masks_that_leave_nothing_and_ranks_of_nothing_are_refused():
     model = tiny(mask_ratio=0.95)
     patches = make(model)

@@ -107,12 +107,12 @@ def test_an_error_map_shows_what_is_wrong_and_how_much(tmp_path, pixels_of, draw
     labels[:, 30:] = 255
     predicted = np.zeros((20, 40), int)
     predicted[:5, :10] = 2
-    save_error_map(tmp_path / "a.png", np.ones((20, 40, 3), np.float32), labels, predicted)
+    save_error_map(tmp_path / "a.png", np.ones((20, 40, 3), np.float32), labels, predicted, 0.75)
     wrong = pixels_of(tmp_path / "a.png", WRONG)
     right = pixels_of(tmp_path / "a.png", 0.35 * 0.95 + 0.65 * np.array(to_rgb(CORRECT)))
     assert len(right) / len(wrong) == pytest.approx(550 / 50, rel=0.1)
     legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert legend == ["correct (91.67 %)", "wrong (8.33 %)", "unlabelled"]
+    assert legend == ["correct (75.00 % of test pixels)", "wrong (25.00 %)", "unlabelled"]
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (20, 60)])
@@ -123,13 +123,13 @@ def test_an_overview_has_four_panels_with_their_own_content(tmp_path, pixels_of,
     predicted = np.ones(shape, int)
     predicted[:, : shape[1] // 2] = 0
     picture = np.full((*shape, 3), 0.5, np.float32)
-    save_overview(tmp_path / "a.png", picture, labels, predicted, NAMES, COLOURS)
+    save_overview(tmp_path / "a.png", picture, labels, predicted, NAMES, COLOURS, 0.75)
     panels = figures[0].axes
     assert [panel.get_title() for panel in panels] == [
         "colour composite",
         "ground truth",
         "predicted classes",
-        "errors (50.00 %)",
+        "errors (25.00 % of test)",
     ]
     contents = [panel.images[0].get_array() for panel in panels]
     assert np.array_equal(contents[0], picture)
@@ -142,14 +142,6 @@ def test_an_overview_has_four_panels_with_their_own_content(tmp_path, pixels_of,
     # as many pixels of class 0 in the truth as in the prediction, half a panel each
     zeros, ones = pixels_of(tmp_path / "a.png", COLOURS[0]), pixels_of(tmp_path / "a.png", COLOURS[1])
     assert len(zeros) == pytest.approx(2 * len(ones), rel=0.06)
-
-
-def test_a_map_without_labels_has_no_error_share(tmp_path, drawn):
-    figures = drawn(maps)
-    nothing = np.full((20, 20), 255)
-    save_error_map(tmp_path / "a.png", np.ones((20, 20, 3), np.float32), nothing, np.zeros((20, 20), int))
-    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert legend[1] == "wrong (0.00 %)"
 
 
 def test_a_wrong_class_leaves_the_older_map(tmp_path):

@@ -7,16 +7,19 @@ dataset cards (test_cards.py), LoRA files (tests/composer/test_lora_files.py), `
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vision_lowrank.checkpoints import read_checkpoint
+from vision_lowrank.checkpoints import best_checkpoint, read_checkpoint
 from vision_lowrank.composer.scene_files import load_scene
+from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.readers import read_raster
 from vision_lowrank.data.splits import Split
 from vision_lowrank.data.task_cards import load_task_card
@@ -223,3 +226,41 @@ def touch(*arguments, **options):
     )
     with pytest.raises(DataError, match=r"image\.tif: damaged, truncated or no raster"):
         read_raster([path], None, None, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"package": "stranger.payload.x"}, "give the name of a package, no module"),
+        ({"package": "numpy", "hub": "someone/tiny"}, "has a package and a hub"),
+        ({"package": "numpy", "folder": "../elsewhere"}, "without '..'"),
+        ({"package": "numpy", "folder": "/elsewhere"}, "must be relative to the data folder"),
+    ],
+)
+def test_cards_neither_import_nor_write_elsewhere(card, tmp_path, canary, monkeypatch, source, message):
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "__init__.py").touch()
+    (tmp_path / "stranger" / "payload.py").write_text(f"open({str(canary)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = yaml.safe_load(Path(card).read_text()) | {"source": source}
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=message):
+        load_card(tmp_path / "card.yaml")
+    assert not canary.exists()
+
+
+def test_a_checkpoint_names_no_paths_to_delete(tmp_path):
+    (tmp_path / "docs").mkdir()
+    kept = best_checkpoint(tmp_path / "run" / "checkpoints", "val/loss", "min")
+    path = f"local://{tmp_path}/docs"
+    score = torch.tensor(9.0)
+    hostile = {"best_k_models": {path: score}, "kth_best_model_path": path, "best_model_path": path, "kth_value": score}
+    hostile |= {"best_model_score": score, "monitor": "val/loss", "dirpath": str(tmp_path / "run" / "checkpoints")}
+    kept.load_state_dict(hostile)
+    assert kept.best_model_path == kept.kth_best_model_path == ""
+    # with the run's own file there, its score counts, wherever the run lies now
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").touch()
+    kept.load_state_dict(hostile | {"dirpath": "/elsewhere"})
+    assert kept.best_model_path == str(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert kept.best_k_models == {kept.best_model_path: score}

@@ -227,6 +227,20 @@ def _check(card: DatasetCard, where: str) -> None:
             raise DataError(f"{where}: {what} must differ, found twice: {', '.join(map(str, sorted(twice, key=str)))}")
     if card.files.labels and not card.classes:
         raise DataError(f"{where}: files.labels without classes; list the classes")
+    if card.source.package is not None:
+        # a dotted name would be imported, and with it whatever package lies in the working folder
+        if not re.fullmatch(r"[A-Za-z_]\w*", card.source.package):
+            raise DataError(
+                f"{where}: source.package is {card.source.package!r}; give the name of a package, no module"
+            )
+        if card.source.hub is not None:
+            raise DataError(
+                f"{where}: source has a package and a hub; files are in the one or are fetched from the other"
+            )
+    published = [file for split in card.splits.values() for file in (split.train, split.test) if file is not None]
+    for path in [card.source.folder, *(file.path for file in published)]:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise DataError(f"{where}: path {path} must be relative to the data folder, without '..'")
     for file in card.files.all():
         if "*" in file.path and (file.sha256 or file.size is not None):
             raise DataError(f"{where}: {file.path} is a pattern without sha256 or size; list the files instead")

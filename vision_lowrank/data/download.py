@@ -9,6 +9,7 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
+from filelock import FileLock
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -96,6 +97,18 @@ def _check_disk(card: TaskCard, folder: Path) -> None:
 
 
 def _fetch_file(url: str, target: Path, entry: FileEntry, progress: Progress) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # several processes may want the file at once, and would append to one another's part
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        with FileLock(lock):
+            return target if target.is_file() else _fetch_alone(url, target, entry, progress)
+    finally:
+        # who waited for it finds the file, or makes another one
+        lock.unlink(missing_ok=True)
+
+
+def _fetch_alone(url: str, target: Path, entry: FileEntry, progress: Progress) -> Path:
     part = target.with_name(target.name + ".part")
     task = progress.add_task(target.name, total=entry.size)
     for attempt in range(1, ATTEMPTS + 1):
@@ -123,7 +136,9 @@ def _load(url: str, part: Path, entry: FileEntry, progress: Progress, task: Task
     start = _size(part)
     if entry.size is not None and start >= entry.size:
         return
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    # what is compressed on the way could neither be counted nor resumed
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
@@ -133,12 +148,20 @@ def _load(url: str, part: Path, entry: FileEntry, progress: Progress, task: Task
             return
         raise
     with response:
-        if response.headers.get_content_type() == "text/html":
+        if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             raise urllib.error.URLError("the server sent a web page in place of the file, look at it in a browser")
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise urllib.error.URLError(f"the server sent the file as {encoding}, which was not asked for")
         if response.status != 206:
             start = 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        elif not response.headers.get("Content-Range", f"bytes {start}-").startswith(f"bytes {start}-"):
+            raise urllib.error.URLError("the server sent another part of the file than was asked for")
+        length = response.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdigit() else None
+        if total is None and entry.size is None and entry.sha256 is None:
+            raise urllib.error.URLError(
+                "neither the server nor the card tells the file's size, so that it may end early"
+            )
         if total is not None and entry.size not in (None, total):
             raise DownloadError(f"{url}: the server offers {total} bytes, the card says {entry.size}; correct the card")
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,14 @@ from vision_lowrank.data.cards import DatasetCard, load_card
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.preprocessing import ScenePreprocessor
 from vision_lowrank.data.readers import Georeference
-from vision_lowrank.data.readers.geo import ENVI_BINARIES, _envi_header, _envi_pair, _georeference, read_bands
+from vision_lowrank.data.readers.geo import (
+    ENVI_BINARIES,
+    _envi_header,
+    _envi_pair,
+    _georeference,
+    open_raster,
+    read_bands,
+)
 from vision_lowrank.data.scene import read_role
 from vision_lowrank.errors import DataError
 
@@ -217,7 +224,7 @@ def _open_file(path: Path) -> SceneStream:
         try:
             with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                with rasterio.open(path) as file:
+                with open_raster(path) as file:
                     values: np.ndarray = file.read((channels + 1).tolist(), window=place, out_dtype="float32")
                     return values
         except RasterioError as error:
@@ -226,7 +233,7 @@ def _open_file(path: Path) -> SceneStream:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
+            with open_raster(path) as file:
                 georeference = _georeference(file)
                 size = file.count * file.height * file.width * np.dtype(file.dtypes[0]).itemsize
                 stream = SceneStream(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import rasterio
 from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -20,7 +19,7 @@ from rasterio.windows import Window
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.download import fetch
-from vision_lowrank.data.readers.geo import read_bands
+from vision_lowrank.data.readers.geo import open_raster, read_bands
 from vision_lowrank.data.scene import Scene, open_scene
 from vision_lowrank.data.spectral_shape import check_shapes, spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
@@ -350,7 +349,7 @@ class GeoTiffFolder(TileSource):
         paths = [path] if self.band_files is None else [path / name for name in self.band_files]
         # tiles need no place on the ground
         stack.enter_context(warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning))
-        return [stack.enter_context(rasterio.open(path)) for path in paths]
+        return [stack.enter_context(open_raster(path)) for path in paths]
 
     def _read(self, files: list[DatasetReader], row: int, column: int, kept: np.ndarray) -> np.ndarray:
         """Returns the kept bands of the tile at a row and a column of the finest grid."""

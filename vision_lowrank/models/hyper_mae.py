@@ -84,7 +84,7 @@ class HyperMAE(nn.Module):
             start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1, a rank is below 1, or patches of one pixel are to be normalised.
+        ConfigError: a share is not between 0 and 1, or a rank below 1.
     """
 
     def __init__(
@@ -107,8 +107,6 @@ class HyperMAE(nn.Module):
                 raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
         if interpolation_rank is not None and interpolation_rank < 1:
             raise ConfigError(f"interpolation_rank is {interpolation_rank}; give at least 1, or null for none")
-        if normalise_targets and encoder.patch_size == 1:
-            raise ConfigError("a patch of one pixel has no contrast: normalise_targets would make all targets 0")
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.channel_mask_ratio = channel_mask_ratio

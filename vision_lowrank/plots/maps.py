@@ -101,13 +101,22 @@ def save_label_map(path: Path, labels: np.ndarray, names: Sequence[str], colours
         )
 
 
-def save_error_map(path: Path, picture: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> None:
-    """Writes where predictions are right and wrong, over the greyed composite; arguments as `error_picture`."""
+def save_error_map(path: Path, picture: np.ndarray, labels: np.ndarray, predicted: np.ndarray, accuracy: float) -> None:
+    """Writes where predictions are right and wrong, over the greyed composite.
+
+    Other arguments are those of `error_picture`; the map shows training pixels too, and says so by its numbers.
+
+    Args:
+        path: file to write.
+        picture: see there.
+        labels: see there.
+        predicted: see there.
+        accuracy: share of the test pixels that are right.
+    """
     width, height = map_size(picture.shape, longest=5)
-    right = 1 - _error_share(labels, predicted)
     handles = [
-        Patch(facecolor=CORRECT, label=f"correct ({100 * right:.2f} %)"),
-        Patch(facecolor=WRONG, label=f"wrong ({100 - 100 * right:.2f} %)"),
+        Patch(facecolor=CORRECT, label=f"correct ({100 * accuracy:.2f} % of test pixels)"),
+        Patch(facecolor=WRONG, label=f"wrong ({100 - 100 * accuracy:.2f} %)"),
         Patch(facecolor="0.75", label="unlabelled"),
     ]
     columns = legend_columns(handles, width)
@@ -123,11 +132,12 @@ def save_overview(
     predicted: np.ndarray,
     names: Sequence[str],
     colours: Sequence[str],
+    accuracy: float,
 ) -> None:
     """Writes composite, ground truth, predicted map and errors side by side with one legend.
 
     Tall and square scenes stand in one row, wide ones in a 2 x 2 grid. Arguments as `error_picture` and
-    `save_label_map`; `predicted` covers the whole scene (255 where nothing was predicted).
+    `save_label_map` and `save_error_map`; `predicted` covers the whole scene (255 where nothing was predicted).
     """
     rows, columns = (1, 4) if picture.shape[0] >= 0.7 * picture.shape[1] else (2, 2)
     panel_width, panel_height = map_size(picture.shape, longest=2.6 if rows == 1 else 4.5)
@@ -136,7 +146,7 @@ def save_overview(
         "colour composite": picture,
         "ground truth": colour_labels(labels, colours),
         "predicted classes": colour_labels(predicted, colours),
-        f"errors ({100 * _error_share(labels, predicted):.2f} %)": error_picture(picture, labels, predicted),
+        f"errors ({100 - 100 * accuracy:.2f} % of test)": error_picture(picture, labels, predicted),
     }
     handles = class_handles(names, colours, bool((labels == UNLABELLED).any() or (predicted == UNLABELLED).any()))
     handles += [Patch(facecolor=CORRECT, label="correct"), Patch(facecolor=WRONG, label="wrong")]
@@ -154,9 +164,3 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-
-
-def _error_share(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Returns the share of labelled pixels that are predicted wrongly, 0 where nothing is labelled."""
-    labelled = labels != UNLABELLED
-    return float((labels != predicted)[labelled].mean()) if labelled.any() else 0.0

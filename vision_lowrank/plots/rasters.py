@@ -1,5 +1,6 @@
 """Predicted class maps as data: GeoTIFF for geographic software, .npy for everything else."""
 
+import errno
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from matplotlib.colors import to_rgba
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from vision_lowrank.errors import DataError
 from vision_lowrank.runs import atomic_path
@@ -61,6 +62,14 @@ def save_class_geotiff(
             file.write_colormap(1, table | {NODATA: (0, 0, 0, 0)})
             file.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
             file.write(classes.astype(np.uint8), 1)
+        # on a full disk GDAL may end without an error
+        try:
+            with rasterio.open(temporary) as file:
+                whole = np.array_equal(file.read(1), classes)
+        except RasterioError:
+            whole = False
+        if not whole:
+            raise OSError(errno.ENOSPC, "the file could not be written whole; is the disk full?", str(path))
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

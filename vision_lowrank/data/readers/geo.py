@@ -22,6 +22,14 @@ ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 1
 GRID_TOLERANCE = 0.01
 
 
+def open_raster(path: Path) -> DatasetReader:
+    """Opens a GeoTIFF, or the binary file of ENVI where the name does not end in .tif or .tiff.
+
+    By no other of GDAL's drivers: some follow names inside a file to other files and into the network.
+    """
+    return rasterio.open(path, driver="GTiff" if path.suffix.lower() in (".tif", ".tiff") else "ENVI")
+
+
 def read_geotiff(paths: list[Path]) -> Raster:
     """Reads a GeoTIFF, or several of one scene put together by their georeference.
 
@@ -35,7 +43,7 @@ def read_geotiff(paths: list[Path]) -> Raster:
         with ExitStack() as stack:
             # a scene without place on the ground is nothing to warn of
             stack.enter_context(warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning))
-            tiles = [stack.enter_context(rasterio.open(path)) for path in paths]
+            tiles = [stack.enter_context(open_raster(path)) for path in paths]
             first = tiles[0]
             bands = read_bands(first, paths[0])
             if len(tiles) == 1:
