@@ -46,6 +46,17 @@ def write_run(folder, model, projection, regime, data, inputs):
     return scaling
 
 
+def logits_of(model, scaling):
+    """The function from raw patches to the logits of LoLA-SpecViT."""
+
+    def reference(image):
+        scaled = np.einsum("kc,bchw->bkhw", scaling["projection"], standardised(image, scaling))
+        with torch.no_grad():
+            return model.eval()(torch.from_numpy(scaled)).numpy()
+
+    return reference
+
+
 @pytest.fixture(scope="module")
 def patches(tmp_path_factory):
     """Folder of LoLA-SpecViT with adapters, and the function from raw patches to its logits."""
@@ -56,13 +67,7 @@ def patches(tmp_path_factory):
     inject(model, ["attn.qkv", "mlp.fc2"], LoRA(rank=2, alpha=4), train="head")
     randomise(model)
     save_adapter(model, folder / "adapter")
-
-    def reference(image):
-        scaled = np.einsum("kc,bchw->bkhw", scaling["projection"], standardised(image, scaling))
-        with torch.no_grad():
-            return model.eval()(torch.from_numpy(scaled)).numpy()
-
-    return folder, reference
+    return folder, logits_of(model, scaling)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +77,7 @@ def full(tmp_path_factory):
     model = LolaSpecViT(COMPONENTS, CLASSES, SIDE, (2, 4), (3, 3), 64, (1,), (4,), window_size=7)
     randomise(model)
     scaling = write_run(folder, model, True, "full", {}, ["image"])
-
-    def reference(image):
-        scaled = np.einsum("kc,bchw->bkhw", scaling["projection"], standardised(image, scaling))
-        with torch.no_grad():
-            return model.eval()(torch.from_numpy(scaled)).numpy()
-
-    return folder, reference
+    return folder, logits_of(model, scaling)
 
 
 @pytest.fixture(scope="module")

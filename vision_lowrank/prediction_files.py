@@ -59,7 +59,11 @@ class Parts:
             known = json.loads(note.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"out={out}: {note} is damaged ({error}); delete {self.folder}") from error
-        if changed := [key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key)]:
+        changed = [key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key)]
+        if changed and not any(self.folder.glob("*.npz")):
+            # that one was refused before its first window
+            write_json(note, identity)
+        elif changed:
             raise ConfigError(
                 f"out={out}: {self.folder} holds an unfinished prediction with other {', '.join(sorted(changed))}; "
                 "delete that folder, or give another out"

@@ -25,6 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vision_lowrank.errors import ConfigError
 
+# there is no asking for it without setting it
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 # rank 0 of a distributed run tells the processes that it starts where to write
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
@@ -54,6 +57,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # some writers make files that only their owner may read
+        temporary.chmod(0o666 & ~_UMASK)
         # without it a crash of the machine can leave the new name on an empty file
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

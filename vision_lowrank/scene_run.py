@@ -74,10 +74,10 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
 def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> Path:
     """Returns the folder of a new or a resumed run after writing what is known before the work."""
     if config.ckpt_path is not None:
-        folder = resumed_run(config)
+        folder = Path(config.ckpt_path).resolve().parents[1]
         if Split.load(folder / "split.npz").digest() != data.split.digest():
             raise CheckpointError(f"{config.ckpt_path}: trained on another split; resume with that run's configuration")
-        return folder
+        return resumed_run(config)
     folder = start_run(config, precision, data.scene.hashes)
     if process_rank() > 0:
         return folder

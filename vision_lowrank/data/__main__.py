@@ -78,7 +78,9 @@ def _list(console: Console, root: str) -> None:
     for name in list_cards():
         card = load_card(name)
         shape = f"{card.shape.height} x {card.shape.width} x {card.shape.channels}"
-        table.add_row(name, card.title, shape, str(len(card.classes)), "missing" if card.missing(root) else "on disk")
+        table.add_row(
+            name, escape(card.title), shape, str(len(card.classes)), "missing" if card.missing(root) else "on disk"
+        )
     console.print(table)
 
 

@@ -16,6 +16,8 @@ from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.errors import DataError
 from vision_lowrank.records import nearest, read_record
 
+# maps are uint8, and 255 is for pixels without a class
+MOST_CLASSES = 255
 CARDS_FOLDER = Path(__file__).resolve().parents[2] / "datasets"
 
 
@@ -225,6 +227,8 @@ def _check(card: DatasetCard, where: str) -> None:
         twice = {value for value in values if values.count(value) > 1}
         if twice:
             raise DataError(f"{where}: {what} must differ, found twice: {', '.join(map(str, sorted(twice, key=str)))}")
+    if len(card.classes) > MOST_CLASSES:
+        raise DataError(f"{where}: {len(card.classes)} classes; maps hold {MOST_CLASSES} at most, merge some")
     if card.files.labels and not card.classes:
         raise DataError(f"{where}: files.labels without classes; list the classes")
     if card.source.package is not None:

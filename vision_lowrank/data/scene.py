@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.cards import DatasetCard, FileEntry, load_card
 from vision_lowrank.data.readers import Georeference, Raster, read_raster
+from vision_lowrank.data.readers.geo import pixel_size
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -203,17 +205,17 @@ def _check_image(card: DatasetCard, raster: Raster) -> None:
         found = f"{height} x {width} x {channels}"
         wanted = " x ".join(map(str, stated))
         raise DataError(f"{name}: {found} (rows, columns, channels), the card says {wanted}; correct one of them")
-    place = raster.georeference
-    # degrees of a geographic crs cannot be compared with metres
-    if place is not None and abs(place.transform[0]) > 0.01 and abs(abs(place.transform[0]) / card.gsd - 1) > 0.01:
-        raise DataError(f"{name}: pixels of {abs(place.transform[0]):g} m, the card says gsd {card.gsd:g}; correct it")
+    metres = None if raster.georeference is None else pixel_size(raster.georeference)
+    if metres is not None and abs(metres / card.gsd - 1) > 0.01:
+        raise DataError(f"{name}: pixels of {metres:g} m, the card says gsd {card.gsd:g}; correct it")
 
 
 def _check_place(card: DatasetCard, where: str, found: Georeference, image: Georeference) -> None:
     extent = np.array([card.shape.width, card.shape.height, 1] * 2)
     drift = np.abs(np.subtract(found.transform, image.transform)) * extent
     # programs that take a pixel's centre for its corner are half a pixel off; a whole one would shift every label
-    if drift.max() > 0.6 * abs(image.transform[0]):
+    # rows and columns of a rotated grid go along both axes
+    if drift.max() > 0.6 * math.hypot(image.transform[0], image.transform[3]):
         raise DataError(
             f"{where}: lies at {found.transform}, the image at {image.transform} (column and row to coordinates); "
             "take the map that covers the image"

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
-from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 from torch import Tensor
@@ -25,6 +24,7 @@ from vision_lowrank.data.readers.geo import (
     _envi_pair,
     _georeference,
     open_raster,
+    pixel_size,
     read_bands,
 )
 from vision_lowrank.data.scene import read_role
@@ -242,7 +242,7 @@ def _open_file(path: Path) -> SceneStream:
                     height=file.height,
                     width=file.width,
                     bands=read_bands(file, path),
-                    gsd=_pixel_size(georeference),
+                    gsd=None if georeference is None else pixel_size(georeference),
                     georeference=georeference,
                     nodata=file.nodata,
                     files=(path,),
@@ -288,14 +288,6 @@ def _open_card(card: DatasetCard, root: str | Path) -> SceneStream:
         gsd=card.gsd,
         nodata=stream.nodata if card.nodata is None else card.nodata,
     )
-
-
-def _pixel_size(place: Georeference | None) -> float | None:
-    """Returns the width of a pixel in metres, None where the file does not tell it in metres."""
-    if place is None:
-        return None
-    crs = CRS.from_user_input(place.crs)
-    return abs(place.transform[0]) * float(crs.linear_units_factor[1]) if crs.is_projected else None
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

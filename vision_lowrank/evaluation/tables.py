@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
@@ -148,7 +149,7 @@ def console_table(results: Sequence[RunResult], title: str, reference: str | Non
         reference: method that the others are compared with; adds a column with the paired difference in OA.
     """
     header, rows = _cells(results, reference)
-    table = Table(title=title, box=SIMPLE, padding=0, pad_edge=False)
+    table = Table(title=escape(title), box=SIMPLE, padding=0, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:

@@ -1,5 +1,6 @@
 """Georeferenced rasters: GeoTIFF, as one file or as tiles of one scene, and ENVI."""
 
+import math
 import re
 import warnings
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio.crs import CRS
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.merge import merge
@@ -141,9 +143,20 @@ def _georeference(file: DatasetReader) -> Georeference | None:
     return Georeference(_crs_text(file), tuple(file.transform)[:6])
 
 
+def pixel_size(place: Georeference) -> float | None:
+    """Returns the width of a pixel in metres, on a rotated grid too; None for a crs in degrees."""
+    crs = CRS.from_user_input(place.crs)
+    if not crs.is_projected:
+        return None
+    return math.hypot(place.transform[0], place.transform[3]) * float(crs.linear_units_factor[1])
+
+
 def _crs_text(file: DatasetReader) -> str:
     code = file.crs.to_epsg()
-    return f"EPSG:{code}" if code is not None else str(file.crs.to_wkt())
+    # a likely match may be another one, without the file's shift of the datum
+    if code is not None and CRS.from_epsg(code) == file.crs:
+        return f"EPSG:{code}"
+    return str(file.crs.to_wkt())
 
 
 def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> None:
