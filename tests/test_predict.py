@@ -436,6 +436,8 @@ def test_windows_that_nothing_is_known_of_are_not_used(tmp_path):
     # as a removal leaves it that is killed midway
     (parts.folder / "identity.json").unlink()
     assert Parts(tmp_path / "map.tif", {"weights": "b"}).missing(1) == [0]
+    # nor does one that was refused before its first window stand in the way
+    assert Parts(tmp_path / "map.tif", {"weights": "c"}).missing(1) == [0]
     (parts.folder / "identity.json").write_text("{")
     with pytest.raises(ConfigError, match=r"identity\.json is damaged"):
         Parts(tmp_path / "map.tif", {"weights": "b"})

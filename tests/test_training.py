@@ -495,3 +495,9 @@ def test_two_processes_classify_as_well_as_one(scene, tmp_path, repository):
     subprocess.run(command, cwd=repository, check=True)
     (folder,) = (tmp_path / "own_scene").iterdir()
     assert read_result(folder).scores["test"].oa > 0.9
+
+
+@pytest.mark.parametrize("seeds", ["[]", "3", "[a]", "[0.5]", "[-1]", "[1,1]"])
+def test_seeds_that_are_no_list_of_different_numbers_are_refused(configure, seeds):
+    with pytest.raises(ConfigError, match=r"seeds=.*: (give a list of whole numbers|the same seed is the same run)"):
+        train(configure(f"seeds={seeds}"))

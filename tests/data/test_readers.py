@@ -10,7 +10,8 @@ import rasterio
 import scipy.io
 from rasterio.transform import from_origin
 
-from vision_lowrank.data.readers import read_raster
+from vision_lowrank.data.readers import Georeference, read_raster
+from vision_lowrank.data.readers.geo import pixel_size, read_geotiff
 from vision_lowrank.errors import DataError
 
 HEIGHT, WIDTH, CHANNELS = 7, 5, 4
@@ -270,3 +271,24 @@ def test_wrong_options_are_named(tmp_path, name, key, axes, message):
     np.save(tmp_path / "a.npy", CUBE)
     with pytest.raises(DataError, match=message):
         read(path, key, axes)
+
+
+@pytest.mark.parametrize(
+    ("crs", "side", "turn", "metres"),
+    [("EPSG:32633", 10, 30, 10), ("EPSG:2263", 10, 0, 3.048), ("EPSG:32633", 10, 90, 10), ("EPSG:4326", 0.05, 0, None)],
+)
+def test_the_side_of_a_pixel_is_told_in_metres_however_the_grid_lies(crs, side, turn, metres):
+    place = rasterio.Affine.rotation(turn) @ rasterio.Affine.scale(side, -side)
+    found = pixel_size(Georeference(crs, tuple(place)[:6]))
+    assert found == (None if metres is None else pytest.approx(metres, rel=1e-5))
+
+
+def test_a_crs_with_a_shift_of_its_own_stays_itself(tmp_path):
+    shifted = rasterio.CRS.from_proj4("+proj=utm +zone=33 +ellps=GRS80 +towgs84=100,200,300 +units=m")
+    profile = {"width": 2, "height": 2, "count": 1, "dtype": "float32", "crs": shifted}
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", **profile, transform=TRANSFORM) as file:
+        file.write(np.ones((1, 2, 2), np.float32))
+    with rasterio.open(tmp_path / "a.tif") as file:
+        expected = file.crs
+    found = read_geotiff([tmp_path / "a.tif"]).georeference.crs
+    assert rasterio.CRS.from_user_input(found) == expected
