@@ -292,3 +292,29 @@ def test_a_crs_with_a_shift_of_its_own_stays_itself(tmp_path):
         expected = file.crs
     found = read_geotiff([tmp_path / "a.tif"]).georeference.crs
     assert rasterio.CRS.from_user_input(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("unit", "values", "expected"),
+    [
+        ("Nanometers", [450, 550], [450, 550]),
+        ("Microns", [0.45, 0.55], [450, 550]),
+        ("Angstroms", [4500, 5500], [450, 550]),
+        ("", [450, 550], [450, 550]),
+        ("Unknown", [450, 550], [450, 550]),
+        ("Index", [101, 102], None),
+        ("GHz", [450, 550], None),
+    ],
+)
+def test_units_of_wavelengths(tmp_path, caplog, unit, values, expected):
+    profile = {"width": 2, "height": 2, "count": 2, "dtype": "float32", "crs": "EPSG:32633", "transform": TRANSFORM}
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", **profile) as file:
+        file.write(np.ones((2, 2, 2), np.float32))
+        for band, value in enumerate(values, 1):
+            file.update_tags(band, wavelength=str(value), wavelength_units=unit)
+    bands = read_geotiff([tmp_path / "a.tif"]).bands
+    if expected is None:
+        assert bands is None
+        assert f"wavelengths in {unit!r} are no lengths known here" in caplog.text
+    else:
+        assert bands.wavelengths == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """Georeferenced rasters: GeoTIFF, as one file or as tiles of one scene, and ENVI."""
 
+import logging
 import math
 import re
 import warnings
@@ -17,6 +18,10 @@ from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.data.readers.raster import Georeference, Raster
 from vision_lowrank.errors import DataError
 
+logger = logging.getLogger(__name__)
+
+# in one of each unit of wavelengths, by the beginning of its name
+_NANOMETRES = {"micro": 1000.0, "µm": 1000.0, "um": 1000.0, "nano": 1.0, "nm": 1.0, "unknown": 1.0, "angstrom": 0.1}
 ENVI_BINARIES = (".bsq", ".bil", ".bip", ".img", ".dat", ".raw")
 # numpy types of the `data type` codes of an ENVI header
 ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
@@ -114,7 +119,10 @@ def _envi_header(path: Path) -> dict[str, str]:
 
 
 def read_bands(file: DatasetReader, path: Path) -> Bands | None:
-    """Returns wavelengths from band tags or descriptions such as 'band 1 (418.24 Nanometers)', None without any."""
+    """Returns wavelengths from band tags or descriptions such as 'band 1 (418.24 Nanometers)'; None without any.
+
+    Also, with a word in the log, where they are in a unit that is no known length, such as an index.
+    """
     centres, widths = [], []
     for index, description in zip(file.indexes, file.descriptions, strict=True):
         tags = file.tags(index)
@@ -125,8 +133,12 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
             centre, unit = match.group(1), match.group(2)
         else:
             return None
+        factor = next((factor for name, factor in _NANOMETRES.items() if unit.strip().lower().startswith(name)), None)
+        if factor is None and unit.strip():
+            logger.warning("%s: wavelengths in %r are no lengths known here; taken to be without", path, unit)
+            return None
+        factor = factor or 1.0
         try:
-            factor = 1000.0 if unit.lower().startswith(("micromet", "µm", "um")) else 1.0
             centres.append(factor * float(centre))
             widths.append(factor * float(tags.get("fwhm", "nan")))
         except ValueError as error:
