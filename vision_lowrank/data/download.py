@@ -6,6 +6,7 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -106,6 +107,9 @@ def _fetch_file(url: str, target: Path, entry: FileEntry, progress: Progress) ->
     finally:
         # who waited for it finds the file, or makes another one
         lock.unlink(missing_ok=True)
+        with suppress(OSError):
+            # nothing came, and nothing is left
+            target.parent.rmdir()
 
 
 def _fetch_alone(url: str, target: Path, entry: FileEntry, progress: Progress) -> Path:
