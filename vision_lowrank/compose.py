@@ -19,7 +19,7 @@ from vision_lowrank.composer.scene_files import LoadedScene, constants_of, load_
 from vision_lowrank.console import run_as_command
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
-from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, write_json
+from vision_lowrank.runs import atomic_path, checked_seeds, open_run, process_rank, write_csv, write_json
 from vision_lowrank.tasks.composition import Job, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -45,12 +45,12 @@ def run(config: DictConfig) -> Path:
         raise ConfigError(f"scene={names}: several scenes need names of their own and one base")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
-    seeds = [config.seed] if config.seeds is None else config.seeds
+    seeds = checked_seeds([config.seed] if config.seeds is None else config.seeds)
     options: Any = OmegaConf.to_container(config.settings, resolve=True) if config.settings is not None else {}
     changed = [_changed(scene.file.settings, options) for scene in scenes]
     settings = [make_settings(one, f"scene {scene.name}") for scene, one in zip(scenes, changed, strict=True)]
     device = choose_device(config.device)
-    _check_numbers(config, scenes, seeds)
+    _check_numbers(config, scenes)
     pipeline = load_base(scenes[0].base, DTYPES[config.dtype], device)
     plans = []
     for scene, one in zip(scenes, settings, strict=True):
@@ -63,7 +63,7 @@ def run(config: DictConfig) -> Path:
     for scene, planned in zip(scenes, plans, strict=True):
         steps = scene.file.steps if config.steps is None else config.steps
         scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, list(seeds), steps, scale))
+        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, steps, scale))
     run_jobs(pipeline, jobs, device, config.devices)
     if process_rank() == 0:
         _finish(folder, scenes, jobs)
@@ -78,12 +78,8 @@ def _changed(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return both
 
 
-def _check_numbers(config: DictConfig, scenes: Sequence[LoadedScene], seeds: Any) -> None:
+def _check_numbers(config: DictConfig, scenes: Sequence[LoadedScene]) -> None:
     """Raises ConfigError for numbers of the command or of a scene that no sampling could be done with."""
-    if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds={seeds}: give a list of whole numbers from 0 up")
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={list(seeds)}: the same seed is the same image; give each once")
     if type(config.devices) is not int or config.devices < 1:
         raise ConfigError(f"devices={config.devices}: give a whole number from 1 up")
     for scene in scenes:

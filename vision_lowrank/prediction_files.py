@@ -8,7 +8,6 @@ A raster that grows in place is damaged by a kill at the wrong moment; windows o
 GeoTIFFs are written under temporary names, then renamed, and the folder is removed.
 """
 
-import errno
 import json
 import shutil
 import warnings
@@ -22,13 +21,14 @@ import numpy as np
 import rasterio
 from affine import Affine
 from matplotlib.colors import to_rgba
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 
 from vision_lowrank.data.readers import Georeference
 from vision_lowrank.data.streams import Window
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.plots.rasters import NODATA
+from vision_lowrank.plots.rasters import NODATA, check_written
 from vision_lowrank.runs import atomic_path, remove_leftovers_of, write_json
 
 # of GDAL while it writes, in megabytes
@@ -178,18 +178,15 @@ def write_geotiff(
             for index, window in enumerate(grid.windows):
                 values = parts.load(index, name)
                 file.write(values, window=_place(window, grid, values))
-        # on a full disk GDAL may end without an error
-        try:
-            with rasterio.open(temporary) as file:
-                whole = all(
-                    np.array_equal(file.read(window=_place(window, grid, values)), values, equal_nan=floating)
-                    for index, window in enumerate(grid.windows)
-                    for values in [parts.load(index, name)]
-                )
-        except RasterioError:
-            whole = False
-        if not whole:
-            raise OSError(errno.ENOSPC, "the file could not be written whole; is the disk full?", str(path))
+
+        def same(file: DatasetReader) -> bool:
+            arrays = ((window, parts.load(index, name)) for index, window in enumerate(grid.windows))
+            return all(
+                np.array_equal(file.read(window=_place(window, grid, values)), values, equal_nan=floating)
+                for window, values in arrays
+            )
+
+        check_written(temporary, path, same)
 
 
 def _place(window: Window, grid: Grid, values: np.ndarray) -> RasterWindow:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vision_lowrank.errors import ConfigError
@@ -215,11 +215,7 @@ def open_run(config: DictConfig, precision: str) -> Path:
     path = Path(config.resume) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume={config.resume}: no config.yaml there; give the folder of an interrupted run")
-    try:
-        before = _settings(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); resume another run") from error
-    now = _settings(config)
+    before, now = _settings_of(path), _settings(config)
     if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         raise ConfigError(f"resume={config.resume}: that run differs in {', '.join(changed)}; give the same options")
     if process_rank() == 0:
@@ -231,13 +227,13 @@ def resumed_run(config: DictConfig) -> Path:
     """Returns the folder of the run that `config.ckpt_path` is of.
 
     Raises:
-        ConfigError: it lies in no run, or in one with other data, model or training.
+        ConfigError: it lies in no run, or in one with other data, model or training, or whose file is no YAML.
     """
     folder = Path(config.ckpt_path).resolve().parents[1]
     for name in ("config.yaml", "provenance.json"):
         if not (folder / name).is_file():
             raise ConfigError(f"ckpt_path={config.ckpt_path}: no {name} in {folder}; give a checkpoint inside its run")
-    before, now = (_flat(_settings(one)) for one in (OmegaConf.load(folder / "config.yaml"), config))
+    before, now = _flat(_settings_of(folder / "config.yaml")), _flat(_settings(config))
     keys = {key for key in before.keys() | now.keys() if key.partition(".")[0] in _OF_A_RUN} - _PLACES
     if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
         raise ConfigError(
@@ -253,6 +249,14 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """Returns the settings in a run's `config.yaml`."""
+    try:
+        return _settings(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); resume another run") from error
 
 
 def _settings(config: Any) -> dict[str, Any]:
@@ -272,6 +276,19 @@ def _slurm_step() -> str | None:
     if job is None or step is None or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
         return None
     return f"slurm{job}.{step}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def checked_seeds(seeds: Any) -> list[int]:
+    """Returns the seeds of several runs or images.
+
+    Raises:
+        ConfigError: they are no list of different whole numbers from 0 up.
+    """
+    if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ConfigError(f"seeds={seeds}: give a list of whole numbers from 0 up")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={list(seeds)}: the same seed gives the same again; give each once")
+    return list(seeds)
 
 
 def provenance(precision: str, data_hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vision_lowrank.adapter_comparison import run_comparison
@@ -14,7 +14,7 @@ from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
 from vision_lowrank.pretraining_run import report_pretraining, run_pretraining
-from vision_lowrank.runs import atomic_path, process_rank
+from vision_lowrank.runs import atomic_path, checked_seeds, process_rank
 from vision_lowrank.scene_run import run_scene
 from vision_lowrank.sprite_classifier_run import run_classifier
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
@@ -54,11 +54,7 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError(f"unknown key {', '.join(unknown)} in the experiment; keys: {', '.join(KEYS)}")
     if config.regime not in ("full", "probe", "adapt"):
         raise ConfigError(f"regime={config.regime!r}: it can be full, probe or adapt")
-    seeds = [config.seed] if config.seeds is None else config.seeds
-    if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds={seeds}: give a list of whole numbers from 0 up")
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={list(seeds)}: the same seed is the same run; give each once")
+    seeds = checked_seeds([config.seed] if config.seeds is None else config.seeds)
     if len(seeds) > 1 and (config.ckpt_path is not None or config.trainer.devices != 1):
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
     if config.trainer.accelerator not in ("cpu", "auto") and not torch.accelerator.is_available():

@@ -165,7 +165,7 @@ def test_wrong_scenes_are_refused_before_a_run(folder, scene, configure, tmp_pat
         ("seeds=3", "seeds=3: give a list"),
         ("seeds=[]", "give a list of whole numbers"),
         ("seeds=[1.5]", "give a list of whole numbers"),
-        ("seeds=[2,2]", "the same seed is the same image"),
+        ("seeds=[2,2]", "the same seed gives the same again"),
         ("steps=0", "steps=0: give a whole number from 1"),
         ("steps=2.5", "steps=2.5: give a whole number"),
         ("guidance_scale=abc", "guidance_scale=abc: give a finite number"),

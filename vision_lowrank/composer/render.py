@@ -133,17 +133,18 @@ def decode(pipeline: Any, latents: Tensor) -> np.ndarray:
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and deviation is not None:
-        mean, deviation = (torch.tensor(values).to(latents).view(-1, 1, 1) for values in (mean, deviation))
-        latents, shift = latents * deviation, shift + mean
     # that of SDXL overflows in float16, and says so
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:
         vae.float()
     try:
+        latents = latents.to(vae.dtype)
+        if mean is not None and deviation is not None:
+            mean, deviation = (torch.tensor(values).to(latents).view(-1, 1, 1) for values in (mean, deviation))
+            latents, shift = latents * deviation, shift + mean
         # one by one: the autoencoder's maps are the largest of all
         scaled = (latent[None] / vae.config.scaling_factor + shift for latent in latents)
-        images = [vae.decode(latent.to(vae.dtype), return_dict=False)[0] for latent in scaled]
+        images = [vae.decode(latent, return_dict=False)[0] for latent in scaled]
     finally:
         if upcast:
             vae.half()

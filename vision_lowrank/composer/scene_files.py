@@ -290,7 +290,7 @@ def added_conditions(encoded: Encoded, height: int, width: int) -> dict[str, Ten
 
 def _box(entry: BoxEntry, scene: SceneFile, where: str) -> Box:
     edges = (entry.top, entry.left, entry.bottom, entry.right)
-    if max(edges) < 2 and any(edge % 1 for edge in edges) and max(edges) > 1:
+    if 1 < max(edges) < 2 and any(edge % 1 for edge in edges):
         raise ConfigError(f"{where}: box {list(edges)} leaves the image; give fractions of it up to 1, or whole pixels")
     try:
         return Box(*edges) if max(edges) <= 1 else Box.from_pixels(*edges, scene.height, scene.width)

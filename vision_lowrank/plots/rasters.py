@@ -2,7 +2,7 @@
 
 import errno
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import rasterio
 from affine import Affine
 from matplotlib.colors import to_rgba
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
 
 from vision_lowrank.errors import DataError
 from vision_lowrank.runs import atomic_path
@@ -62,14 +63,27 @@ def save_class_geotiff(
             file.write_colormap(1, table | {NODATA: (0, 0, 0, 0)})
             file.update_tags(1, **{f"class_{index}": name for index, name in enumerate(names)})
             file.write(classes.astype(np.uint8), 1)
-        # on a full disk GDAL may end without an error
-        try:
-            with rasterio.open(temporary) as file:
-                whole = np.array_equal(file.read(1), classes)
-        except RasterioError:
-            whole = False
-        if not whole:
-            raise OSError(errno.ENOSPC, "the file could not be written whole; is the disk full?", str(path))
+        check_written(temporary, path, lambda file: np.array_equal(file.read(1), classes))
+
+
+def check_written(temporary: Path, path: Path, same: Callable[[DatasetReader], bool]) -> None:
+    """Reads a raster again before it gets its name: on a full disk GDAL may end without an error.
+
+    Args:
+        temporary: the file.
+        path: what it is to become.
+        same: whether the file holds what was written.
+
+    Raises:
+        OSError: it does not, or cannot be read; `filename` is `path`.
+    """
+    try:
+        with rasterio.open(temporary) as file:
+            whole = same(file)
+    except RasterioError:
+        whole = False
+    if not whole:
+        raise OSError(errno.ENOSPC, "the file could not be written whole; is the disk full?", str(path))
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
