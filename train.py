@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from vision_lowrank.console import run_as_command
+from vision_lowrank.console import run_as_command, start
 from vision_lowrank.training import train
 
 
@@ -14,4 +14,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,5 +1,6 @@
 """Whole scenes by a finished run, against the run's own map and against the model applied to patches cut by hand."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -349,6 +350,52 @@ def test_scenes_of_other_sensors_are_refused(pixel_run, scene, tmp_path):
     used = np.delete(np.arange(BANDS), CONSTANT)
     predict(pixel_run, write_raster(scene, tmp_path / "used.tif", WAVELENGTHS[used], keep=used), out)
     expect_map(out, pixel_run)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_pixels_that_a_file_masks_get_no_class(pixel_run, scene, tmp_path):
+    values = np.load(scene / "image.npy").transpose(2, 0, 1)
+    source = write_raster(scene, tmp_path / "scene.tif")
+    masked = np.zeros((HEIGHT, WIDTH), bool)
+    masked[3:9, 14:20] = masked[28:, :2] = True
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(source, "r+") as file:
+        file.write(np.where(masked, 90, values))
+        file.write_mask(~masked)
+    predict(pixel_run, source, tmp_path / "map.tif")
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert np.array_equal(file.read(1) == 255, masked | np.isnan(values).any(axis=0))
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_missing_values_that_a_file_does_not_tell_are_those_of_training(
+    pixel_run, scene, tmp_path, monkeypatch, caplog
+):
+    values = np.load(scene / "image.npy").transpose(2, 0, 1)
+    source = write_raster(scene, tmp_path / "scene.tif")
+    with rasterio.open(source, "r+") as file:
+        file.write(np.where(np.isnan(values).any(axis=0), -9999, values))
+    load_run = command.load_run
+
+    def of_a_card_that_tells(folder):
+        run = load_run(folder)
+        return dataclasses.replace(run, card=dataclasses.replace(run.card, nodata=-9999))
+
+    monkeypatch.setattr(command, "load_run", of_a_card_that_tells)
+    with caplog.at_level("INFO"):
+        predict(pixel_run, source, tmp_path / "map.tif")
+    assert "scene.tif tells no value of missing pixels: taken to be -9999, as in training" in caplog.text
+    expect_map(tmp_path / "map.tif", pixel_run)
+
+
+@pytest.mark.parametrize(("factor", "warns"), [(1e-4, True), (0.5, False), (100, True)])
+def test_values_in_another_unit_are_warned_of(factor, warns, pixel_run, scene, tmp_path, caplog):
+    source = write_raster(scene, tmp_path / "scene.tif")
+    with rasterio.open(source, "r+") as file:
+        file.write((factor * file.read()).astype(np.float32))
+    predict(pixel_run, source, tmp_path / "map.tif")
+    assert warns == ("if they are in another unit, give a scene in that of training" in caplog.text)
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert file.read(1)[0, 0] == 255
 
 
 def test_files_that_cannot_be_read_are_named_before_work_starts(pixel_run, scene, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from vision_lowrank.composer.methods import plan
 from vision_lowrank.composer.render import latent_shape, load_base
 from vision_lowrank.composer.scene_files import LoadedScene, constants_of, load_scene, make_settings
-from vision_lowrank.console import run_as_command
+from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
 from vision_lowrank.runs import atomic_path, checked_seeds, open_run, process_rank, write_csv, write_json
@@ -131,4 +131,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

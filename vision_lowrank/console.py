@@ -5,6 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from vision_lowrank.errors import VisionLowRankError
 
 # what libraries say on choices that are meant here
@@ -17,8 +20,23 @@ _KNOWN = (
 )
 
 
+# overrides of the jobs of a sweep that ended with an error
+_failed: list[str] = []
+
+
+def start(main: Callable[[], object]) -> None:
+    """Starts a command of Hydra; after a sweep some of whose jobs failed, names them and exits with status 2."""
+    main()
+    if _failed:
+        print(f"error: failed in this sweep: {'; '.join(_failed)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def run_as_command(command: Callable[[], object]) -> None:
-    """Runs `command`; on an error that the user can mend, prints it as one line and exits with status 2."""
+    """Runs `command`; on an error that the user can mend, prints it as one line and exits with status 2.
+
+    In a job of a sweep it returns instead, so that the other jobs run; `start` ends the command then.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -28,4 +46,6 @@ def run_as_command(command: Callable[[], object]) -> None:
         command()
     except (VisionLowRankError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+            sys.exit(2)
+        _failed.append(" ".join(HydraConfig.get().overrides.task))

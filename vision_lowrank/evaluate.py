@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from vision_lowrank.composition_benchmark import run_composition
-from vision_lowrank.console import run_as_command
+from vision_lowrank.console import run_as_command, start
 from vision_lowrank.few_labels import run_few_labels
 from vision_lowrank.raster_benchmark import run_raster_benchmark
 
@@ -25,4 +25,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

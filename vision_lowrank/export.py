@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vision_lowrank.console import run_as_command
+from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.predictors import WindowPredictor
@@ -209,4 +209,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

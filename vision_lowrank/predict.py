@@ -3,6 +3,7 @@
 The scene is read, and the map written, by windows, so that neither has to fit into memory; see docs/whole_scenes.md.
 """
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vision_lowrank.console import run_as_command
+from vision_lowrank.console import run_as_command, start
 from vision_lowrank.data.streams import GEOTIFF, SceneStream, open_stream, plan_windows, read_scaled
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.plots.rasters import NODATA
@@ -25,6 +26,10 @@ from vision_lowrank.trained_run import TrainedRun, load_run
 SIDE = 256
 # tiles of a GeoTIFF are a multiple of it
 TIFF_STEP = 16
+# pixels along the side of a sample of a scene
+SAMPLE = 16
+# scenes of one sensor do not differ so much in how their values vary; reflectances and percentages do
+OTHER_UNIT = 50
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +57,12 @@ def predict(config: DictConfig) -> list[Path]:
         if path is not None and path.resolve() in {file.resolve() for file in stream.files}:
             raise ConfigError(f"{path} is the scene itself; give another name to the map")
     channels = stream.channels_like(run.bands, run.kept, run.card.shape.channels)
+    if stream.nodata is None and run.card.nodata is not None:
+        logger.info("%s tells no value of missing pixels: taken to be %g, as in training", stream.name, run.card.nodata)
+        stream = dataclasses.replace(stream, nodata=run.card.nodata)
     if stream.bands is None:
         logger.info("%s tells no wavelengths: taken to be those of %s", stream.name, run.card.name)
+    _compare_units(stream, channels, run)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, "gpu" if device.startswith("cuda") else device)
     gsd = run.card.gsd if stream.gsd is None else stream.gsd
@@ -98,6 +107,24 @@ def _outputs(config: DictConfig) -> tuple[Path, Path | None]:
     if probabilities is not None and probabilities.resolve() == out.resolve():
         raise ConfigError(f"probabilities={probabilities} is also out; give two names")
     return out, probabilities
+
+
+def _compare_units(stream: SceneStream, channels: np.ndarray, run: TrainedRun) -> None:
+    """Warns of a scene whose values, as samples of it show, can hardly be in the units of training."""
+    samples = []
+    for top in np.linspace(0, max(0, stream.height - SAMPLE), 4, dtype=int).tolist():
+        for left in np.linspace(0, max(0, stream.width - SAMPLE), 4, dtype=int).tolist():
+            rows = slice(top, min(top + SAMPLE, stream.height))
+            values, valid = stream.read(channels, rows, slice(left, min(left + SAMPLE, stream.width)))
+            samples.append(values[:, valid])
+    spectra = np.concatenate(samples, axis=1).T
+    spread = run.preprocessor.spread(spectra) if len(spectra) else 1.0
+    if not 1 / OTHER_UNIT < spread < OTHER_UNIT:
+        logger.warning(
+            "%s: values vary %.2g times as much as those of %s did; if they are in another unit, give a scene in that "
+            "of training",
+            stream.name, spread, run.card.name,
+        )  # fmt: skip
 
 
 def _fill(
@@ -157,4 +184,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 import scipy.io
+from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
 from vision_lowrank.data.readers import Georeference, read_raster
@@ -144,6 +145,30 @@ def test_tiles_are_put_together_by_place_whatever_their_order(tmp_path):
     assert np.array_equal(raster.values, expected, equal_nan=True)
     assert raster.georeference.crs == "EPSG:32633"
     assert raster.georeference.transform == tuple(TRANSFORM)[:6]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_masked_pixels_of_a_file_lack_values(tmp_path, inside):
+    write_tif(tmp_path / "a.tif")
+    mask = np.ones((HEIGHT, WIDTH), bool)
+    mask[2, 1:4] = mask[5, 0] = False
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=inside), rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.write_mask(mask)
+    assert (tmp_path / "a.tif.msk").exists() != inside
+    values = read(tmp_path / "a.tif").values
+    assert np.isnan(values[:, ~mask]).all()
+    assert np.array_equal(values[:, mask], np.moveaxis(CUBE, -1, 0)[:, mask])
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_a_fourth_band_is_no_mask(tmp_path):
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", height=2, width=2, count=4, dtype="uint8", photometric="rgb"
+    ) as file:
+        file.write(np.arange(16, dtype=np.uint8).reshape(4, 2, 2) % 12)
+        file.colorinterp = (*file.colorinterp[:3], ColorInterp.alpha)
+    assert read(tmp_path / "a.tif").values[3].tolist() == [[0, 1], [2, 3]]
+    assert np.isfinite(read(tmp_path / "a.tif").values).all()
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,19 @@ def test_missing_values_are_nan(folder, open_folder, tmp_path, declared):
         assert missing.tolist() == [[0, 4, 5], [1, 2, 3], [2, 6, 7]]
 
 
+def test_masked_pixels_are_nan(folder, open_folder, tmp_path):
+    for name, values in folder.items():
+        write_tif(tmp_path / "scenes" / name, values)
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tmp_path / "scenes" / name, "r+") as file:
+            mask = np.ones(file.shape, bool)
+            mask[3, 6:] = False
+            file.write_mask(mask)
+    source = open_folder(size=8, stride=40)
+    for index in source.train:
+        missing = np.argwhere(np.isnan(source.read(index)))
+        assert missing.tolist() == [[band, 3, column] for band in range(3) for column in (6, 7)]
+
+
 def test_bands_without_values_or_variation_are_dropped(folder, open_folder, tmp_path, caplog):
     for name, values in folder.items():
         extra = np.stack([np.full_like(values[0], -1), np.full_like(values[0], 7)])

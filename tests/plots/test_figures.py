@@ -105,3 +105,12 @@ def test_an_error_while_writing_leaves_the_older_picture(tmp_path, monkeypatch):
         pass
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    names = ["a $ of corn", "$alpha$", "$broken^", "_soil"]
+    handles = class_handles(names, ["#112233"] * 4, False)
+    with figure_file(tmp_path / "legend.png", 3, 2) as figure:
+        legend = figure.legend(handles=handles)
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())

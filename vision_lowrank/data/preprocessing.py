@@ -106,6 +106,15 @@ class ScenePreprocessor:
             result[:, rows] = scaled if self.projection is None else np.tensordot(self.projection, scaled, axes=1)
         return result
 
+    def spread(self, spectra: np.ndarray) -> float:
+        """Returns how much spectra (pixels, channels) vary compared with those of training: 1 is as much.
+
+        The median over the bands; far from 1 where values are in another unit than those of training.
+        """
+        if not self.brightness:
+            spectra = spectral_shape(spectra, axis=1)
+        return float(np.median((spectra.std(axis=0, dtype=np.float64) * self.gain)[self.gain > 0]))
+
     def state(self) -> dict[str, np.ndarray]:
         """Returns the fitted arrays, float32: `mean` and `gain` (channels,), `projection` (components, channels).
 

@@ -23,6 +23,7 @@ from vision_lowrank.data.readers.geo import (
     _envi_header,
     _envi_pair,
     _georeference,
+    blank_masked,
     open_raster,
     pixel_size,
     read_bands,
@@ -225,8 +226,8 @@ def _open_file(path: Path) -> SceneStream:
             with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 with open_raster(path) as file:
-                    values: np.ndarray = file.read((channels + 1).tolist(), window=place, out_dtype="float32")
-                    return values
+                    values = file.read((channels + 1).tolist(), window=place, out_dtype="float32")
+                    return blank_masked(file, values, place)
         except RasterioError as error:
             raise _damaged(path, error) from error
 

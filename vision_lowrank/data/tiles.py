@@ -19,7 +19,7 @@ from rasterio.windows import Window
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.download import fetch
-from vision_lowrank.data.readers.geo import open_raster, read_bands
+from vision_lowrank.data.readers.geo import blank_masked, open_raster, read_bands
 from vision_lowrank.data.scene import Scene, open_scene
 from vision_lowrank.data.spectral_shape import check_shapes, spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
@@ -367,6 +367,7 @@ class GeoTiffFolder(TileSource):
             done += len(wanted)
             # interpolation would smear nodata values that the file does not declare, and invent detail besides
             file.read(wanted, out=part, window=window, resampling=Resampling.nearest)
+            blank_masked(file, part, window)
             part[~np.isfinite(part)] = np.nan
             for nodata in {self.nodata, *file.nodatavals} - {None}:
                 part[part == np.float32(nodata)] = np.nan

@@ -21,6 +21,8 @@ DPI = 200
 # the keys' own type is not in every matplotlib that we support
 STYLE: dict[Any, Any] = {
     "font.size": 8,
+    # names of classes and metrics are as users wrote them, also with dollar signs
+    "text.parse_math": False,
     "axes.titlesize": 9,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,

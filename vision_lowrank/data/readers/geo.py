@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.crs import CRS
+from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.merge import merge
+from rasterio.windows import Window
 
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.data.readers.raster import Georeference, Raster
@@ -37,6 +39,22 @@ def open_raster(path: Path) -> DatasetReader:
     return rasterio.open(path, driver="GTiff" if path.suffix.lower() in (".tif", ".tiff") else "ENVI")
 
 
+def blank_masked(file: DatasetReader, values: np.ndarray, window: Window | None = None) -> np.ndarray:
+    """Returns `values` after setting to NaN, in place, the pixels that the file, or an .msk beside it, masks.
+
+    An alpha band masks nothing: many programs take the fourth of several bands for one.
+
+    Args:
+        file: what the values are of.
+        values: float32 (bands, rows, columns).
+        window: the part of the file that they are of, None for all of it.
+    """
+    flags = file.mask_flag_enums[0]
+    if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+        values[:, file.read_masks(1, out_shape=values.shape[1:], window=window) == 0] = np.nan
+    return values
+
+
 def read_geotiff(paths: list[Path]) -> Raster:
     """Reads a GeoTIFF, or several of one scene put together by their georeference.
 
@@ -55,7 +73,7 @@ def read_geotiff(paths: list[Path]) -> Raster:
             bands = read_bands(first, paths[0])
             if len(tiles) == 1:
                 values = first.read(out_dtype="float32")
-                return Raster(values, bands, _georeference(first), first.nodata)
+                return Raster(blank_masked(first, values), bands, _georeference(first), first.nodata)
             for path, tile in zip(paths, tiles, strict=True):
                 _check_tile(first, tile, path)
             values, transform = merge(tiles, nodata=np.nan, dtype="float32")
