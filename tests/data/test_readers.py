@@ -22,7 +22,7 @@ WAVELENGTHS = [450.0, 550.5, 650.25, 640.0]
 
 
 def read(path, key=None, axes=None):
-    return read_raster([path], key, axes, HEIGHT, WIDTH)
+    return read_raster([path], key, axes, HEIGHT, WIDTH, CHANNELS)
 
 
 def write_npy(path):
@@ -139,7 +139,7 @@ def test_tiles_are_put_together_by_place_whatever_their_order(tmp_path):
     }
     for name, (rows, columns) in parts.items():
         write_tif(tmp_path / name, rows, columns, nodata=-1)
-    raster = read_raster(sorted(tmp_path.glob("*.tif")), None, None, HEIGHT, WIDTH)
+    raster = read_raster(sorted(tmp_path.glob("*.tif")), None, None, HEIGHT, WIDTH, CHANNELS)
     expected = np.moveaxis(CUBE, -1, 0).astype(np.float32)
     expected[:, 4:, :2] = np.nan
     assert np.array_equal(raster.values, expected, equal_nan=True)
@@ -184,7 +184,7 @@ def test_tiles_that_do_not_fit_are_named(tmp_path, options, message):
     write_tif(tmp_path / "a.tif", slice(0, 4))
     write_tif(tmp_path / "b.tif", slice(4, 7), **options)
     with pytest.raises(DataError, match=rf"b\.tif: .*{message}"):
-        read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH)
+        read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH, CHANNELS)
 
 
 def damage(name, write, change):
@@ -260,11 +260,42 @@ def test_code_in_arrays_is_never_run(tmp_path):
     assert not canary.exists()
 
 
+def save_hdf5(path, array):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("cube", data=array, compression="gzip")
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("a.npz", lambda path, array: np.savez_compressed(path, cube=array)),
+        ("a.npy", np.save),
+        ("a.mat", lambda path, array: scipy.io.savemat(path, {"cube": array}, do_compression=True)),
+        ("b.mat", save_hdf5),
+        ("a.tif", lambda path, array: write_tif(path, values=array, compress="deflate")),
+        ("a.dat", lambda path, array: write_tif(path, values=array, driver="ENVI")),
+    ],
+)
+def test_arrays_far_larger_than_the_card_says_are_refused_unread(tmp_path, name, save, monkeypatch):
+    save(tmp_path / name, np.zeros((4 * HEIGHT + 1, WIDTH, CHANNELS), np.uint8))
+    for reads in (np.lib.format, "read_array"), (scipy.io, "loadmat"), (h5py.Dataset, "read_direct"):
+        monkeypatch.delattr(*reads)
+    with pytest.raises(DataError, match=rf"{name}.*: array of shape \([\d, ]+\), where the card tells of 140 values"):
+        read(tmp_path / name)
+
+
+def test_tiles_that_lie_far_apart_are_refused_unread(tmp_path):
+    write_tif(tmp_path / "a.tif", slice(0, 4))
+    write_tif(tmp_path / "b.tif", slice(4, 7), transform=from_origin(366000 + 30 * 10**6, 5809880, 30, 30))
+    with pytest.raises(DataError, match=r"tiles in .*: array of shape \(4, 7, 1000005\)"):
+        read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH, CHANNELS)
+
+
 def test_cells_and_objects_are_refused(tmp_path):
     cells = np.empty((2, 2), dtype=object)
     cells[:] = [["a", "b"], ["c", "d"]]
     scipy.io.savemat(tmp_path / "a.mat", {"cube": cells})
-    with pytest.raises(DataError, match=r"a\.mat key cube: array of type object"):
+    with pytest.raises(DataError, match=r"a\.mat key cube: array of type cell, not of real numbers"):
         read(tmp_path / "a.mat")
     with h5py.File(tmp_path / "b.mat", "w") as file:
         file.create_dataset("cube", (2, 2), dtype=h5py.ref_dtype)
@@ -315,7 +346,7 @@ def test_a_crs_with_a_shift_of_its_own_stays_itself(tmp_path):
         file.write(np.ones((1, 2, 2), np.float32))
     with rasterio.open(tmp_path / "a.tif") as file:
         expected = file.crs
-    found = read_geotiff([tmp_path / "a.tif"]).georeference.crs
+    found = read_geotiff([tmp_path / "a.tif"], CUBE.size).georeference.crs
     assert rasterio.CRS.from_user_input(found) == expected
 
 
@@ -337,7 +368,7 @@ def test_units_of_wavelengths(tmp_path, caplog, unit, values, expected):
         file.write(np.ones((2, 2, 2), np.float32))
         for band, value in enumerate(values, 1):
             file.update_tags(band, wavelength=str(value), wavelength_units=unit)
-    bands = read_geotiff([tmp_path / "a.tif"]).bands
+    bands = read_geotiff([tmp_path / "a.tif"], CUBE.size).bands
     if expected is None:
         assert bands is None
         assert f"wavelengths in {unit!r} are no lengths known here" in caplog.text

@@ -211,7 +211,7 @@ def test_structures_and_functions_in_matlab_files_are_refused(tmp_path, canary):
         path = tmp_path / f"{name}.mat"
         scipy.io.savemat(path, value)
         with pytest.raises(DataError, match=rf"{name}\.mat"):
-            read_raster([path], "cube", None, 4, 4)
+            read_raster([path], "cube", None, 4, 4, 1)
 
 
 def test_code_in_a_virtual_raster_does_not_run(tmp_path, canary):
@@ -225,7 +225,7 @@ def touch(*arguments, **options):
 ]]></PixelFunctionCode></VRTRasterBand></VRTDataset>"""
     )
     with pytest.raises(DataError, match=r"image\.tif: damaged, truncated or no raster"):
-        read_raster([path], None, None, 4, 4)
+        read_raster([path], None, None, 4, 4, 1)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def read_role(card: DatasetCard, entries: tuple[FileEntry, ...], root: str | Pat
     paths = [path for entry in entries for path in card.find(entry, root)]
     if not paths:
         raise DataError(f"scene {card.name}: file not found; {card.how_to_get(list(entries), root)}")
-    return read_raster(paths, entries[0].key, entries[0].axes, card.shape.height, card.shape.width)
+    shape = card.shape
+    return read_raster(paths, entries[0].key, entries[0].axes, shape.height, shape.width, shape.channels)
 
 
 def read_labels(

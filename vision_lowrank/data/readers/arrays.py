@@ -10,7 +10,7 @@ import numpy as np
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from vision_lowrank.data.readers.raster import Raster, channels_first
+from vision_lowrank.data.readers.raster import Raster, channels_first, check_size
 from vision_lowrank.errors import DataError
 
 # what the libraries raise on damaged or truncated files
@@ -27,15 +27,21 @@ DAMAGED = (
     MatReadError,
 )
 CHUNK_BYTES = 1 << 20
+# types of arrays of numbers in a MATLAB file
+NUMBERS = ("double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
-def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: int) -> Raster:
+def read_npy(
+    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
+) -> Raster:
     """Reads an .npy file piece by piece, so that little more than the float32 result is ever in memory."""
     if key is not None:
         raise DataError(f"{path}: an .npy file holds one array; remove key {key!r} from the card")
 
     def open_view() -> np.ndarray:
-        return channels_first(np.load(path, mmap_mode="r", allow_pickle=False), axes, height, width, str(path))
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        check_size(array.shape, expected, str(path))
+        return channels_first(array, axes, height, width, str(path))
 
     try:
         return Raster(_copy_in_chunks(open_view))
@@ -43,35 +49,50 @@ def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: 
         raise _damaged(path, error) from error
 
 
-def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: int) -> Raster:
+def read_npz(
+    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
+) -> Raster:
     """Reads one array of an .npz file; without `key` the file must hold a single one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             name = _choose(path, key, dict.fromkeys(file.files, ()), None)
+            with file.zip.open(f"{name}.npy") as member:
+                # of the two layouts of a header the first serves nearly all arrays
+                old = np.lib.format.read_magic(member) == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                shape, _, kind = read_header(member)
+            # what is no number may take any room
+            check_size((*shape, kind.itemsize // 16 + 1), expected, f"{path} key {name}")
             array = file[name]
     except DAMAGED as error:
         raise _damaged(path, error) from error
     return Raster(_as_float32(channels_first(array, axes, height, width, f"{path} key {name}")))
 
 
-def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: int) -> Raster:
+def read_mat(
+    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
+) -> Raster:
     """Reads one array of a MATLAB file, v5 or v7.3; without `key` the only one with as many axes as `axes` (else 3, 2).
 
     Cell and object arrays are refused: they are not plain numbers.
     """
     try:
         if h5py.is_hdf5(path):
-            name, array = _read_hdf5(path, key, axes)
+            name, array = _read_hdf5(path, key, axes, expected)
         else:
-            shapes = {name: shape for name, shape, _ in scipy.io.whosmat(path)}
-            name = _choose(path, key, shapes, axes)
+            contents = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(path)}
+            name = _choose(path, key, {name: shape for name, (shape, _) in contents.items()}, axes)
+            shape, kind = contents[name]
+            if kind not in NUMBERS:
+                raise DataError(f"{path} key {name}: array of type {kind}, not of real numbers; name the right array by `key`")
+            check_size(shape, expected, f"{path} key {name}")
             array = scipy.io.loadmat(path, variable_names=[name])[name]
     except DAMAGED as error:
         raise _damaged(path, error) from error
     return Raster(_as_float32(channels_first(array, axes, height, width, f"{path} key {name}")))
 
 
-def _read_hdf5(path: Path, key: str | None, axes: str | None) -> tuple[str, np.ndarray]:
+def _read_hdf5(path: Path, key: str | None, axes: str | None, expected: int) -> tuple[str, np.ndarray]:
     with h5py.File(path, "r") as file:
         # MATLAB stores the axes of its arrays in reverse, and keeps cells and objects below a group of references
         shapes = {name: item.shape[::-1] for name, item in file.items() if isinstance(item, h5py.Dataset)}
@@ -79,6 +100,7 @@ def _read_hdf5(path: Path, key: str | None, axes: str | None) -> tuple[str, np.n
         dataset = file[name]
         if dataset.dtype.kind not in "iufb":
             raise DataError(f"{path} key {name}: a cell or object array; store plain numbers")
+        check_size(dataset.shape, expected, f"{path} key {name}")
         array = np.empty(dataset.shape, dtype=np.float32)
         dataset.read_direct(array)
     return name, array.T

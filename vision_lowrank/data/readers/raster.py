@@ -1,5 +1,6 @@
 """What every reader returns, whatever the format of the file."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,9 @@ from einops import EinopsError, rearrange
 
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.errors import DataError
+
+# an array may be so many times as large as expected, so that a wrong file is told by its shape
+SURPLUS = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,24 @@ class Raster:
     bands: Bands | None = None
     georeference: Georeference | None = None
     nodata: float | None = None
+
+
+def check_size(shape: tuple[int, ...], expected: int, source: str) -> None:
+    """Refuses an array that is not read yet and is far larger than expected; compressed, it may be a small file.
+
+    Args:
+        shape: of the array.
+        expected: numbers of which it should consist.
+        source: file, named in the error.
+
+    Raises:
+        DataError: it is more than `SURPLUS` times as large.
+    """
+    if math.prod(shape) > SURPLUS * expected:
+        raise DataError(
+            f"{source}: array of shape {tuple(shape)}, where the card tells of {expected} values; correct the card's "
+            "`shape` or take the right file"
+        )
 
 
 def channels_first(array: np.ndarray, axes: str | None, height: int, width: int, source: str) -> np.ndarray:
