@@ -84,7 +84,9 @@ def read_mat(
             name = _choose(path, key, {name: shape for name, (shape, _) in contents.items()}, axes)
             shape, kind = contents[name]
             if kind not in NUMBERS:
-                raise DataError(f"{path} key {name}: array of type {kind}, not of real numbers; name the right array by `key`")
+                raise DataError(
+                    f"{path} key {name}: array of type {kind}, not of real numbers; name the right array by `key`"
+                )
             check_size(shape, expected, f"{path} key {name}")
             array = scipy.io.loadmat(path, variable_names=[name])[name]
     except DAMAGED as error:
