@@ -12,9 +12,7 @@ __all__ = ["Georeference", "Raster", "read_raster"]
 ARRAY_READERS = {".npy": read_npy, ".npz": read_npz, ".mat": read_mat}
 
 
-def read_raster(
-    paths: list[Path], key: str | None, axes: str | None, height: int, width: int, channels: int
-) -> Raster:
+def read_raster(paths: list[Path], key: str | None, axes: str | None, height: int, width: int, channels: int) -> Raster:
     """Reads an image or a label map; several GeoTIFF files are tiles of one.
 
     Args:

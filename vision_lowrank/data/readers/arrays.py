@@ -31,9 +31,7 @@ CHUNK_BYTES = 1 << 20
 NUMBERS = ("double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
-def read_npy(
-    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
-) -> Raster:
+def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
     """Reads an .npy file piece by piece, so that little more than the float32 result is ever in memory."""
     if key is not None:
         raise DataError(f"{path}: an .npy file holds one array; remove key {key!r} from the card")
@@ -49,9 +47,7 @@ def read_npy(
         raise _damaged(path, error) from error
 
 
-def read_npz(
-    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
-) -> Raster:
+def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
     """Reads one array of an .npz file; without `key` the file must hold a single one."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -69,9 +65,7 @@ def read_npz(
     return Raster(_as_float32(channels_first(array, axes, height, width, f"{path} key {name}")))
 
 
-def read_mat(
-    path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int
-) -> Raster:
+def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
     """Reads one array of a MATLAB file, v5 or v7.3; without `key` the only one with as many axes as `axes` (else 3, 2).
 
     Cell and object arrays are refused: they are not plain numbers.

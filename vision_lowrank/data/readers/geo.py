@@ -116,9 +116,7 @@ def read_envi(path: Path, expected: int) -> Raster:
         raise DataError(f"{header}: damaged header ({error}); fetch or copy it again") from error
     found = binary.stat().st_size
     if found < size:
-        raise DataError(
-            f"{binary}: truncated, {found} of the {size} bytes that {header.name} promises; get it again"
-        )
+        raise DataError(f"{binary}: truncated, {found} of the {size} bytes that {header.name} promises; get it again")
     raster = read_geotiff([binary], expected)
     if raster.values.shape != (counts[2], counts[1], counts[0]):
         raise DataError(f"{header}: read as {raster.values.shape}, not as its bands, lines, samples; get it again")
