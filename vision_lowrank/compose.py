@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(config: DictConfig) -> Path:
     """Composes the images of one or several scenes and returns the folder they are in.
 
     The folder has, for each scene, `SCENE-seedN.png`, `SCENE-layout.png` (the first of them with the boxes),
-    `SCENE-losses.csv` and `SCENE.json`, and `metrics.json`, `config.yaml` and `provenance.json`.
+    `SCENE-losses.csv` and `SCENE.json`, and `scenes.json`, `metrics.json`, `config.yaml` and `provenance.json`.
 
     Raises:
         VisionLowRankError: a scene, its LoRAs, the base model or an option is wrong.
@@ -59,6 +60,7 @@ def run(config: DictConfig) -> Path:
         planned.check(pipeline.unet, pipeline.scheduler, size)
         plans.append(planned)
     folder = open_run(config, config.dtype)
+    _keep_scenes(folder, scenes)
     jobs = []
     for scene, planned in zip(scenes, plans, strict=True):
         steps = scene.file.steps if config.steps is None else config.steps
@@ -89,6 +91,23 @@ def _check_numbers(config: DictConfig, scenes: Sequence[LoadedScene]) -> None:
         scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
         if type(scale) not in (int, float) or not math.isfinite(scale):
             raise ConfigError(f"scene {scene.name}: guidance_scale={scale}: give a finite number")
+
+
+def _keep_scenes(folder: Path, scenes: Sequence[LoadedScene]) -> None:
+    """Writes down the scenes of a run; raises ConfigError where one that is resumed had others."""
+    if process_rank() > 0:
+        return
+    # as JSON gives them back
+    facts = json.loads(json.dumps({scene.name: {**asdict(scene.file), "files": scene.files()} for scene in scenes}))
+    path = folder / "scenes.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
+    for name, found in facts.items():
+        if changed := [key for key, value in found.items() if before.get(name, {}).get(key) != value]:
+            raise ConfigError(
+                f"resume={folder}: scene {name} has other {', '.join(changed)} now than when that run began; put them "
+                "back, or begin a new run"
+            )
+    write_json(path, facts)
 
 
 def _finish(folder: Path, scenes: Sequence[LoadedScene], jobs: Sequence[Job]) -> None:

@@ -1,5 +1,6 @@
 """Many scenes at once: the same images as one by one, and nothing done twice."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 
 from vision_lowrank import compose
 from vision_lowrank.composer.pipeline import build_pipeline
+from vision_lowrank.composer.scene_files import LoadedScene, load_scene
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.tasks import composition
@@ -102,6 +104,29 @@ def test_an_interrupted_run_makes_what_is_missing(folder, run):
         run(scenes, f"resume={whole}", "seeds=[3,5]")
     with pytest.raises(ConfigError, match="that run differs in method"):
         run(scenes, f"resume={whole}", "method=merge")
+
+
+def test_a_scene_that_was_changed_is_not_resumed(folder, run, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "scenes")
+    path = tmp_path / "scenes" / "one.yaml"
+    whole = run(f"scene={path}")
+    (whole / "one.json").unlink()
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(content | {"steps": 2, "prompt": "a dog"}))
+    with pytest.raises(ConfigError, match=r"scene one has other prompt, steps now than when that run began"):
+        run(f"scene={path}", f"resume={whole}")
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(LoadedScene, "files", lambda scene: {"dog.safetensors": "0" * 64})
+    with pytest.raises(ConfigError, match="scene one has other files now"):
+        run(f"scene={path}", f"resume={whole}")
+    assert not (whole / "one.json").exists()
+
+
+def test_files_of_a_scene_are_told_by_their_content():
+    scene = load_scene("sprites_two")
+    assert len(scene.files()) == 2
+    for name, digest in scene.files().items():
+        assert digest == hashlib.sha256((scene.folder / name).read_bytes()).hexdigest()
 
 
 def test_a_signal_to_end_stops_between_scenes(folder, run, monkeypatch):

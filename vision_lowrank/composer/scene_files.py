@@ -4,6 +4,7 @@ Paths in it are relative to its folder. A LoRA is its file, or `{file: FILE, str
 fractions of the image if none is above 1, otherwise pixels.
 """
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,6 +119,11 @@ class LoadedScene:
     def of(self, entries: tuple[LoraEntry, ...]) -> list[tuple[LoraWeights, float]]:
         """Returns the LoRAs of some entries with their strengths."""
         return [(self.loras[entry.file], entry.strength) for entry in entries]
+
+    def files(self) -> dict[str, str]:
+        """Returns the sha256 of its LoRAs and of the images of its conditions, by path as written in the scene."""
+        names = [*self.loras, *(entry.image for entry in self.file.conditions)]
+        return {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in names}
 
     def conditions(self, unet: Any) -> list[Condition]:
         """Loads models and images of the conditions at the first call; errors are those of `load_condition`."""
