@@ -1,8 +1,12 @@
 import functools
 import importlib
+import math
 import pathlib
+import re
 import sys
 import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from timm.scheduler import CosineLRScheduler
 
+from vision_lowrank.argument_types import fits
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.instantiate import instantiate, resolve
 from vision_lowrank.runs import create_run_folder
@@ -188,3 +193,56 @@ def test_unknown_argument_behind_kwargs(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ConfigError, match=r"vision_lowrank.fake.factory has no argument 'widht'"):
         instantiate({"_target_": "vision_lowrank.fake.factory", "widht": 3})
+
+
+SPLIT = {"kind": "random", "train": 0.1, "validation": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("patch_size", "nine", "a whole number"),
+        ("patch_size", 9.0, "a whole number"),
+        ("patch_size", True, "a whole number"),
+        ("patch_size", None, "a whole number"),
+        ("components", [1, 2], "a whole number or null"),
+        ("whiten", 1, "true or false"),
+        ("split", "random", "a mapping"),
+        ("root", 3, "a text"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(key, value, kind):
+    config = {
+        "_target_": "vision_lowrank.data.modules.SceneDataModule",
+        **{"card": "indian_pines", "root": "data", "patch_size": 9, "components": None, "whiten": False},
+        **{"split": SPLIT, "batch_size": 2, "evaluation_batch_size": 2, "seed": 0},
+    }
+    instantiate(config)
+    with pytest.raises(ConfigError, match=re.escape(f"{key}={value!r} is not {kind}; it is an argument of")):
+        instantiate(config | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("hint", "good", "bad"),
+    [
+        (float, [1, 0.5, math.inf], ["1", True, None, math.nan, [1.0]]),
+        (float | None, [None, 2], ["none", math.nan]),
+        (tuple[float, float], [[0.1, 1], (1, 2)], [[0.1], [0.1, 0.2, 0.3], 0.5, "ab", [0.1, "x"], [0.1, math.nan]]),
+        (tuple[int, ...], [[], [1, 2, 3]], [[1.5], 3]),
+        (Sequence[str] | str, ["a", ["a", "b"]], [[1], 1]),
+        (Mapping[str, int], [{"a": 1}], [{"a": "b"}, [1]]),
+        (Literal["mean", "max"], ["mean"], ["median", None]),
+        (pathlib.Path | None, ["here", pathlib.Path("there"), None], [3]),
+        (torch.nn.Module, [{"_target_": "x"}, torch.nn.Identity()], ["linear", 3, [3]]),
+        (Any, [None, 3, "a", [1], math.nan], []),
+    ],
+)
+def test_what_fits_an_annotation(hint, good, bad):
+    assert [value for value in good if not fits(hint, value)] == []
+    assert [value for value in bad if fits(hint, value)] == []
+
+
+def test_arguments_that_a_function_hands_on_are_checked_with_those_of_its_class():
+    small = {"_target_": "vision_lowrank.models.lola_specvit.lola_specvit_tiny", "num_classes": 3}
+    with pytest.raises(ConfigError, match="dim='wide' is not a whole number"):
+        instantiate(small | {"dim": "wide"})

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vision_lowrank.argument_types import wrong_argument
 from vision_lowrank.errors import ConfigError
 
 ALLOWED = (
@@ -107,6 +108,7 @@ def _check(node: Any, path: str, extra: Mapping[str, Any]) -> None:
         raise ConfigError(f"{special[0]!r} is not supported{where}: use '_target_', '_partial_' and keyword arguments")
     target = resolve(node["_target_"])
     _check_arguments(node["_target_"], inspect.signature(target), {**_arguments(node), **extra}, where, _partial(node))
+    _check_types(node["_target_"], target, _arguments(node), where)
 
 
 def _check_arguments(
@@ -122,6 +124,12 @@ def _check_arguments(
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
     if missing and not partial:
         raise ConfigError(f"{target} lacks the argument {missing[0]!r}{where}")
+
+
+def _check_types(target: str, found: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
+    """Compares values with annotations, those of this package only: others' are not always meant."""
+    if target.startswith("vision_lowrank.") and (problem := wrong_argument(found, arguments)):
+        raise ConfigError(f"{problem}{where}; it is an argument of {target}")
 
 
 def _build(node: Any, extra: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -71,7 +71,7 @@ class _Builder:
         def wrong() -> VisionLowRankError:
             # the whole text of nested aliases would have no bounds
             return self.error(
-                f"{self.where}: {key or self.whole} is {_SHOWN.repr(value)}, which is not {_describe(hint)}"
+                f"{self.where}: {key or self.whole} is {_SHOWN.repr(value)}, which is not {describe(hint)}"
             )
 
         if is_dataclass(hint):
@@ -125,15 +125,25 @@ def _is_needed(item: Any) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """Returns in words what an annotation stands for."""
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
     if is_dataclass(hint):
         return f"a mapping with the keys {', '.join(item.name for item in fields(hint))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (tuple, list, Sequence):
+        counted = origin is tuple and arguments[1:] not in ((), (...,))
+        return f"a list of {len(arguments)}" if counted else "a list"
     names = {
-        tuple: "a list",
         dict: "a mapping",
+        Mapping: "a mapping",
         int: "a whole number",
         float: "a number",
         str: "a text",
         bool: "true or false",
+        types.NoneType: "null",
     }
-    return names.get(get_origin(hint) or hint, str(hint))
+    return names.get(origin, getattr(origin, "__name__", str(hint)))
