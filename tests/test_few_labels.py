@@ -25,7 +25,7 @@ from vision_lowrank.evaluation.tables import RunResult, read_result, write_metri
 from vision_lowrank.few_labels import run_few_labels
 from vision_lowrank.few_labels_report import chosen_runs, markdown_tables, read_runs, report, summary_rows
 from vision_lowrank.instantiate import instantiate
-from vision_lowrank.random_walk import random_walk
+from vision_lowrank.random_walk import Walk, random_walk
 
 HEIGHT, WIDTH, BANDS = 40, 60, 8
 BLOCKS = {
@@ -191,7 +191,7 @@ def test_a_run_of_each_method_on_one_division(root, card):
     seeds = np.full(labels.shape, IGNORE)
     seeds.flat[split.train] = labels.flat[split.train]
     settings = configure(card, root).benchmark.random_walk
-    walked = random_walk(decided, module.scaled_image(), seeds, **settings).argmax(axis=1)
+    walked = random_walk(decided, module.scaled_image(), seeds, Walk(**settings)).argmax(axis=1)
     found = read_result(folder / "svm" / "random_walk")
     assert found.method == "svm + random walk"
     assert found.facts["transductive"]
@@ -259,6 +259,7 @@ def test_parts_add_to_one_table(root, card, full_resolution):
         (["labels=[1.0]"], "labels has 1.0; give whole numbers"),
         (["resume=somewhere"], "leave out resume"),
         (["+benchmark.choices.best=[svm,forest]"], "benchmark.choices.best has forest, which is no method"),
+        (["benchmark.random_walk.prior=strong"], "random_walk: prior is 'strong', which is not a number"),
         (["benchmark.random_walk=null"], "benchmark.random_walk is null; leave it"),
         (["benchmark.choices=null"], "benchmark.choices is null; for none give {}"),
         (["benchmark.data.windows.size=8"], "split.guard is 6; patches of 15 need 14"),

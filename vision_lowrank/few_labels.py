@@ -36,7 +36,7 @@ from vision_lowrank.few_labels_report import report
 from vision_lowrank.fitting import pretrain, train_network
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_device, choose_precision
-from vision_lowrank.random_walk import random_walk
+from vision_lowrank.random_walk import random_walk, read_walk
 from vision_lowrank.runs import atomic_folder, provenance, write_json
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ class Division:
         """Spreads a result over the scene, from the labels that training kept."""
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
-        settings = self.options["random_walk"]
-        return random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), **settings)
+        walk = read_walk(self.options["random_walk"])
+        return random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), walk)
 
     def _write(
         self, folder: Path, run: Run, data: SceneDataModule, probabilities: np.ndarray, facts: Mapping[str, Any]
@@ -227,6 +227,7 @@ def _check(config: DictConfig) -> None:
     for name, remedy in (("random_walk", "leave it: each run gives a second row"), ("choices", "for none give {}")):
         if config.benchmark[name] is None:
             raise ConfigError(f"benchmark.{name} is null; {remedy}")
+    read_walk(config.benchmark.random_walk)
     for name, members in config.benchmark.choices.items():
         if strange := [item for item in members if item not in config.benchmark.methods]:
             raise ConfigError(f"benchmark.choices.{name} has {', '.join(strange)}, which is no method")

@@ -5,12 +5,18 @@ The random walker of Grady (2006, IEEE TPAMI 28(11)) with priors (Grady 2005, CV
 only: results with it are transductive and say so in their name.
 """
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from scipy import sparse
 from scipy.ndimage import uniform_filter
 from scipy.sparse.linalg import splu
 
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.records import make_record
 
 IGNORE = 255
 # holds the known labels in place: large against the edges, which are at most 1
@@ -19,9 +25,41 @@ CLAMP = 100.0
 LEAST_EDGE = 1e-6
 
 
-def random_walk(
-    probabilities: np.ndarray, image: np.ndarray, seeds: np.ndarray, sharpness: float, prior: float, smoothing: int
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Walk:
+    """Settings of a walk.
+
+    Attributes:
+        sharpness: beta; larger stops at weaker edges.
+        prior: lambda; how strongly the classifier holds against neighbours. 0 spreads the seeds alone.
+        smoothing: side of the window that features are averaged over first, against noise; 1 for none.
+
+    Raises:
+        ConfigError: a setting is negative.
+    """
+
+    sharpness: float
+    prior: float
+    smoothing: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.sharpness < math.inf and 0 <= self.prior < math.inf and self.smoothing >= 1):
+            raise ConfigError(
+                f"random_walk: sharpness={self.sharpness}, prior={self.prior}, smoothing={self.smoothing}; give at "
+                "least 0, 0 and 1"
+            )
+
+
+def read_walk(settings: Mapping[str, Any]) -> Walk:
+    """Returns the settings that a configuration gives.
+
+    Raises:
+        ConfigError: one is unknown, missing or of another kind, or negative.
+    """
+    return make_record(Walk, settings, "random_walk", ConfigError)
+
+
+def random_walk(probabilities: np.ndarray, image: np.ndarray, seeds: np.ndarray, walk: Walk) -> np.ndarray:
     r"""Returns the probabilities that a walk from each pixel first reaches a seed of each class.
 
     Minimises :math:`\sum_{ij} w_{ij} (x_i - x_j)^2 + c \sum_{seeds} (x_i - s_i)^2 + \lambda \sum_i (x_i - p_i)^2` for
@@ -32,28 +70,19 @@ def random_walk(
         probabilities: the classifier's, p, (height * width, classes).
         image: features of the pixels, f, (channels, height, width), each channel in the units its weight should have.
         seeds: class indices of the known pixels, 255 elsewhere, (height, width).
-        sharpness: beta; larger stops at weaker edges.
-        prior: lambda; how strongly the classifier holds against neighbours. 0 spreads the seeds alone.
-        smoothing: side of the window that features are averaged over first, against noise; 1 for none.
+        walk: beta, lambda and the averaging of features.
 
     Returns:
         float64 (height * width, classes).
-
-    Raises:
-        ConfigError: a setting is negative.
     """
-    if sharpness < 0 or prior < 0 or smoothing < 1:
-        raise ConfigError(
-            f"random_walk: sharpness={sharpness}, prior={prior}, smoothing={smoothing}; give at least 0, 0 and 1"
-        )
-    adjacency = _adjacency(uniform_filter(image, (0, smoothing, smoothing), mode="mirror"), sharpness)
+    adjacency = _adjacency(uniform_filter(image, (0, walk.smoothing, walk.smoothing), mode="mirror"), walk.sharpness)
     degree = np.asarray(adjacency.sum(axis=1)).ravel()
     known = np.flatnonzero(seeds.ravel() != IGNORE)
     clamp = np.zeros(degree.size)
     clamp[known] = CLAMP
-    target = prior * probabilities.astype(np.float64)
+    target = walk.prior * probabilities.astype(np.float64)
     target[known, seeds.ravel()[known]] += CLAMP
-    system = sparse.diags(degree + clamp + prior) - adjacency
+    system = sparse.diags(degree + clamp + walk.prior) - adjacency
     # symmetric and positive definite: a symmetric ordering without pivoting fills in far less
     options = {"SymmetricMode": True}
     return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).solve(target)

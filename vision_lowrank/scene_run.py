@@ -21,7 +21,7 @@ from vision_lowrank.evaluation.tables import RunResult, write_metrics
 from vision_lowrank.fitting import fit_network, resumed_stage
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.random_walk import random_walk
+from vision_lowrank.random_walk import random_walk, read_walk
 from vision_lowrank.reporting import save_scene_pictures
 from vision_lowrank.runs import atomic_path, process_rank, resumed_run, start_run
 
@@ -42,6 +42,9 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     begun = time.perf_counter()
     L.seed_everything(config.seed, workers=True, verbose=False)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
+    if config.get("random_walk") is not None:
+        # what is wrong with it is told now, not after the training
+        read_walk(config.random_walk)
     resumed = resumed_stage(config)
     data: SceneDataModule = instantiate(config.data)
     data.prepare_data()
@@ -109,10 +112,11 @@ def evaluate_map(
     if config.get("random_walk") is not None:
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
-        walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), **config.random_walk)
+        walk = read_walk(config.random_walk)
+        walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), walk)
         # the run's own folder last: its scores mark it as finished
-        walk = {(folder / "random_walk", f"{name} + random walk"): (walked, {**facts, "transductive": True})}
-        maps = walk | maps
+        extra = {(folder / "random_walk", f"{name} + random walk"): (walked, {**facts, "transductive": True})}
+        maps = extra | maps
     results = []
     for (place, title), (values, known) in maps.items():
         predicted = values.argmax(axis=1).astype(np.uint8).reshape(data.split.shape)
