@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import describe
 
 
@@ -30,6 +31,17 @@ def wrong_argument(target: Callable[..., Any], given: Mapping[str, Any]) -> str 
         if name in hints and not fits(hints[name], value):
             return f"{name}={value!r} is not {describe(hints[name])}"
     return None
+
+
+def check_least(least: int, **values: int) -> None:
+    """Refuses numbers that are too small.
+
+    Raises:
+        ConfigError: a value is below `least`; it is named.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name} is {value}; give at least {least}")
 
 
 def fits(hint: Any, value: Any) -> bool:

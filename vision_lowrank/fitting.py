@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -41,12 +41,14 @@ from vision_lowrank.pixel_predictor import PixelPredictor
 from vision_lowrank.reporting import save_training_curves
 from vision_lowrank.runs import atomic_folder, process_rank, write_csv
 from vision_lowrank.tasks.adapter_training import (
+    AdapterOptions,
     AdapterTraining,
     Batches,
     PeftAdapter,
     count_trained,
     first_batches,
     put_adapters,
+    read_options,
     save_adapters,
 )
 from vision_lowrank.tasks.frozen_stem import FrozenStemClassification
@@ -157,7 +159,9 @@ def train_network(
         VisionLowRankError: see `training.train`.
     """
     adapted = config.regime == "adapt"
-    hooks = [AdapterTraining(**config.adapter.training)] if adapted else []
+    # read for every regime: what is wrong with it is told before the work
+    options = adapter_options(config)
+    hooks = [AdapterTraining(**asdict(options.training))] if adapted else []
     model, transductive = _prepare_model(config, data, folder, resumed, precision)
     facts: dict[str, Any] = {"transductive": transductive}
     task = _make_task(config, data, model)
@@ -232,7 +236,7 @@ def _prepare_model(
                 model.save_pretrained(temporary)
         model = adapt(config, data, model)
     elif config.regime == "probe":
-        freeze_except(model, list(config.adapter.train))
+        freeze_except(model, list(adapter_options(config).train))
     return model, transductive
 
 
@@ -242,17 +246,23 @@ def adapt(config: DictConfig, data: SceneDataModule, model: Any) -> Any:
     Raises:
         VisionLowRankError: the settings contradict each other or do not fit the model.
     """
-    method = instantiate(config.adapter.method)
-    if isinstance(method, PeftAdapter) and config.adapter.cycles is not None:
+    options = adapter_options(config)
+    method = instantiate(options.method)
+    if isinstance(method, PeftAdapter) and options.cycles is not None:
         raise ConfigError(f"adapter.cycles move the strength of our own adapters: set them to null for {method.name}")
-
-    targets, train = list(config.adapter.targets), list(config.adapter.train)
+    targets, train = list(options.targets), list(options.train)
     return put_adapters(model, method, targets, train, lambda: training_batches(config, data))
+
+
+def adapter_options(config: DictConfig) -> AdapterOptions:
+    """Returns the section `adapter` of a configuration; raises ConfigError where it is wrong."""
+    section: Any = OmegaConf.to_container(config.adapter, resolve=True)
+    return read_options(section)
 
 
 def training_batches(config: DictConfig, data: SceneDataModule) -> Batches:
     """Returns the training samples that some adapters look at before training, see `put_adapters`."""
-    return first_batches(data.train_dataloader(), config.task.get("inputs", ["image"]), config.adapter.samples)
+    return first_batches(data.train_dataloader(), config.task.get("inputs", ["image"]), adapter_options(config).samples)
 
 
 def rehearse(config: DictConfig, data: SceneDataModule) -> None:
@@ -263,9 +273,11 @@ def rehearse(config: DictConfig, data: SceneDataModule) -> None:
     """
     with torch.random.fork_rng():
         model = adapt(config, data, build(config, data))
-        AdapterTraining(**config.adapter.training).check(model)
-        if config.adapter.rate_ratio is not None:
-            lora_plus_groups(model, config.adapter.learning_rate, config.adapter.rate_ratio)
+        options = adapter_options(config)
+        AdapterTraining(**asdict(options.training)).check(model)
+        if options.rate_ratio is not None:
+            lora_plus_groups(model, options.learning_rate, options.rate_ratio)
+        _make_task(config, data, model)
 
 
 def build(config: DictConfig, data: SceneDataModule) -> Any:
@@ -399,9 +411,9 @@ def _make_task(config: DictConfig, data: SceneDataModule, model: nn.Module) -> S
     counts = data.training_counts()
     options: dict[str, Any] = {"model": model, "class_counts": counts.tolist()}
     if config.regime == "adapt":
-        cycles = config.adapter.cycles
-        options |= {"cycles": None if cycles is None else dict(cycles), "rate_ratio": config.adapter.rate_ratio}
-        options |= {"learning_rate": config.adapter.learning_rate}
+        adapter = adapter_options(config)
+        options |= {"cycles": None if adapter.cycles is None else asdict(adapter.cycles)}
+        options |= {"rate_ratio": adapter.rate_ratio, "learning_rate": adapter.learning_rate}
     task: SceneClassification = instantiate(config.task, **options)
     return task
 

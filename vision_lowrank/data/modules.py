@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, load_card
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.patches import EpochShuffle, PatchDataset, allocate_cube, collate_batch, reflect_border
@@ -64,6 +65,8 @@ class SceneDataModule(L.LightningDataModule):
         brightness: bool = True,
     ) -> None:
         super().__init__()
+        check_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
+        check_least(0, num_workers=num_workers, seed=seed)
         self.card = load_card(card)
         self.root = root
         self.patch_size = patch_size

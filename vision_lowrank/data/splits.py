@@ -148,7 +148,8 @@ def random_split(
     """
     if isinstance(train, float) != isinstance(validation, float):
         raise SplitError(f"random split: train={train} and validation={validation}; give two shares or two counts")
-    if min(train, validation) <= 0 or (isinstance(train, float) and train + validation >= 1):
+    # so written that NaN is refused too
+    if not (train > 0 and validation > 0) or (isinstance(train, float) and not train + validation < 1):
         raise SplitError(f"random split: train={train}, validation={validation} leave nothing for one of the subsets")
     generator = np.random.default_rng(seed)
     chosen: dict[str, list[np.ndarray]] = {name: [] for name in SUBSETS}

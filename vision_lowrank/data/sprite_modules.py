@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.sprites import (
     BACKGROUNDS,
     BASE,
@@ -83,6 +84,8 @@ class SpriteDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int = 16, steps: int = 200, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
+        check_least(1, batch_size=batch_size, steps=steps)
+        check_least(0, num_workers=num_workers, seed=seed)
         self.batch_size = batch_size
         self.steps = steps
         self.seed = seed
@@ -119,6 +122,8 @@ class ConceptDataModule(L.LightningDataModule):
         largest: int = SIDE // 2,
     ) -> None:
         super().__init__()
+        check_least(1, images=images, batch_size=batch_size, steps=steps)
+        check_least(0, seed=seed)
         self.pictures = concept_pictures(concept, images, seed, largest)
         self.batch_size = batch_size
         self.steps = steps
@@ -236,6 +241,8 @@ class BoxDataModule(L.LightningDataModule):
         self, batch_size: int = 64, steps: int = 100, held_out: int = 2000, seed: int = 0, num_workers: int = 0
     ) -> None:
         super().__init__()
+        check_least(1, batch_size=batch_size, steps=steps, held_out=held_out)
+        check_least(0, num_workers=num_workers, seed=seed)
         self.batch_size = batch_size
         self.steps = steps
         self.held_out = held_out

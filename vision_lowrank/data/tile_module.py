@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.tiles import TileSource
 from vision_lowrank.errors import ConfigError, DataError
@@ -169,13 +170,9 @@ class TileDataModule(L.LightningDataModule):
         super().__init__()
         if not sources:
             raise ConfigError("sources is empty; give at least one source of tiles")
-        for name, value in (
-            ("batch_size", batch_size),
-            ("evaluation_batch_size", evaluation_batch_size),
-            ("statistics_tiles", statistics_tiles),
-        ):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; give at least 1")
+        check_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
+        check_least(1, statistics_tiles=statistics_tiles)
+        check_least(0, num_workers=num_workers, seed=seed)
         self.sources = dict(sources)
         self.batch_size = batch_size
         self.evaluation_batch_size = evaluation_batch_size

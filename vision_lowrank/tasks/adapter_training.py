@@ -1,11 +1,12 @@
 """What adapters need around and during training, whatever the task: how they get into a model, and what a step does.
 
-A configuration's `adapter` holds `method` (an adapter of our own, or `PeftAdapter`), `targets`, `train` and `training`
-(the arguments of `AdapterTraining`).
+What a configuration's `adapter` holds tells `AdapterOptions`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,87 @@ from vision_lowrank.adapters.sora import SoRAAdapter, active_ranks, proximal_ste
 from vision_lowrank.adapters.targets import Targets
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.records import make_record
 
 logger = logging.getLogger(__name__)
 
 # what a model takes, in its order, and the labels
 Batches = Sequence[tuple[Sequence[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Settings of `CyclicalStrength`, the first cycle in epochs.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+
+    first_cycle: float
+    growth: int
+    minimum: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.first_cycle < math.inf and self.growth >= 1 and 0 <= self.minimum <= 1):
+            raise ConfigError(
+                f"adapter.cycles: first_cycle={self.first_cycle}, growth={self.growth}, minimum={self.minimum}; give "
+                "epochs above 0, a whole number from 1 up and a share"
+            )
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Arguments of `AdapterTraining`."""
+
+    sparsity: float | None = None
+    lora_pro: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The section `adapter` of a configuration.
+
+    Attributes:
+        name: of the method, for tables.
+        method: an adapter of our own, or `PeftAdapter`, as `instantiate` takes it.
+        targets: layers, see `adapters.inject`.
+        train: modules to train beside the adapters, such as the head.
+        cycles: of strength and learning rate, None for a strength of 1.
+        learning_rate: the highest.
+        rate_ratio: of the factors B (LoRA+).
+        training: what steps do beside the optimiser.
+        samples: of training, that methods which start from data see.
+        size: key of `method` that gives an adapter its size.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+
+    name: str
+    method: Any
+    targets: tuple[str, ...]
+    train: tuple[str, ...]
+    cycles: Cycles | None
+    learning_rate: float
+    rate_ratio: float | None
+    training: StepOptions
+    samples: int
+    size: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"adapter.learning_rate is {self.learning_rate}; give a number above 0")
+        if self.samples < 1:
+            raise ConfigError(f"adapter.samples is {self.samples}; give at least 1")
+
+
+def read_options(section: Mapping[str, Any]) -> AdapterOptions:
+    """Returns the section `adapter` of a configuration.
+
+    Raises:
+        ConfigError: an entry is unknown, missing, of another kind or out of range.
+    """
+    return make_record(AdapterOptions, section, "adapter", ConfigError)
 
 
 class PeftAdapter:

@@ -21,7 +21,7 @@ from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
 from vision_lowrank.models.less_vit import Patches
 from vision_lowrank.processes import SEEDS_APART, current_place, draw_apart, total_over_processes
 from vision_lowrank.sharding import shard
-from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
+from vision_lowrank.tasks.optimisation import adamw, check_loss, check_optimisation, warmup_cosine
 
 
 class MaskedPretraining(L.LightningModule):
@@ -53,6 +53,7 @@ class MaskedPretraining(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
@@ -145,6 +146,7 @@ class HyperMAEPretraining(L.LightningModule):
             raise ConfigError(f"modal_mode is {modal_mode!r}; it can be {', '.join(PASSES)} or random")
         check_shares(channel_sampling)
         self.model = model
+        check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup

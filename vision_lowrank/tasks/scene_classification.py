@@ -21,7 +21,7 @@ from vision_lowrank.processes import (
     share_of,
     total_over_processes,
 )
-from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, warmup_cosine
+from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation, warmup_cosine
 
 # what the weights that are kept are chosen by, the larger the better
 CHOICE = "val/choice"
@@ -83,6 +83,7 @@ class SceneClassification(ClippedFused):
         super().__init__()
         check_shares(channel_sampling)
         self.model = model
+        check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup

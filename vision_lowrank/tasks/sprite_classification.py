@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
-from vision_lowrank.tasks.optimisation import adamw, check_loss, warmup_cosine
+from vision_lowrank.tasks.optimisation import adamw, check_loss, check_optimisation, warmup_cosine
 
 
 class SpriteClassification(L.LightningModule):
@@ -28,6 +28,7 @@ class SpriteClassification(L.LightningModule):
     def __init__(self, model: SpriteClassifier, learning_rate: float, weight_decay: float, warmup: float) -> None:
         super().__init__()
         self.model = model
+        check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup

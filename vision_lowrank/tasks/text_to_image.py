@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import FusedAttention
-from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss
+from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation
 
 # more than any training has, so that the seeds of two processes never meet
 STEPS = 1_000_000_007
@@ -98,6 +98,7 @@ class TextToImage(ClippedFused):
         self.pipeline = pipeline
         self.networks = nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
         self.averaged = None if average is None else _averaged(self.networks, average)
+        check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
