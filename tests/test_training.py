@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import rasterio
@@ -455,10 +456,27 @@ def test_a_checkpoint_of_another_split_is_refused(configure):
         (["seeds=[1,2]", "trainer.devices=2"], "one device"),
         (["trainer.accelerator=tpu"], "trainer.accelerator=tpu: PyTorch sees none"),
         (["+random_walk={sharpness: -1, prior: 0, smoothing: 1}"], "sharpness=-1"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs=0: give a whole number from 1 up"),
+        (["pretraining.epochs=1.5"], "pretraining.epochs=1.5: give a whole number"),
+        (["patience=null"], "patience=None: give a whole number"),
+        (["trainer.limit_train_batches=1.5"], "trainer.limit_train_batches=1.5"),
+        (["trainer.gradient_clip_val=soft"], "trainer.gradient_clip_val=soft"),
+        (["data.batch_size=0"], "batch_size is 0; give at least 1"),
+        (["data.num_workers=-1"], "num_workers is -1; give at least 0"),
+        (["data.patch_size=five"], "patch_size='five' is not a whole number"),
+        (["task.mixup=soft"], "mixup='soft' is not a number"),
+        (["task.learning_rate=-1"], "task.learning_rate is -1; give a number above 0"),
+        (["regime=adapt", "task.weight_decay=-1"], "task.weight_decay is -1; give a number from 0 up"),
+        (["regime=adapt", "adapter.targets=qkv"], "adapter: targets is 'qkv', which is not a list"),
+        (["regime=adapt", "adapter.cycles.growth=0"], "adapter.cycles: first_cycle=10.0, growth=0"),
+        (["regime=adapt", "adapter.learning_rate=nan"], "adapter.learning_rate is nan"),
+        (["regime=adapt", "adapter.samples=0"], "adapter.samples is 0"),
     ],
 )
 def test_wrong_options(configure, overrides, message, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    # nothing is trained before what is wrong is told
+    monkeypatch.delattr(L.Trainer, "fit")
     with pytest.raises(VisionLowRankError, match=message):
         train(configure(*overrides))
 

@@ -1,6 +1,7 @@
 """What `train.py` does: one run a seed, and the table over all runs."""
 
 import logging
+import math
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -54,6 +55,7 @@ def train(config: DictConfig) -> list[RunResult]:
         raise ConfigError(f"unknown key {', '.join(unknown)} in the experiment; keys: {', '.join(KEYS)}")
     if config.regime not in ("full", "probe", "adapt"):
         raise ConfigError(f"regime={config.regime!r}: it can be full, probe or adapt")
+    _check_lengths(config)
     seeds = checked_seeds([config.seed] if config.seeds is None else config.seeds)
     if len(seeds) > 1 and (config.ckpt_path is not None or config.trainer.devices != 1):
         raise ConfigError("several seeds in one command go with one device and without ckpt_path; run them one by one")
@@ -92,6 +94,22 @@ def train(config: DictConfig) -> list[RunResult]:
         temporary.write_text(table, encoding="utf-8")
     logger.info("written to %s", folder)
     return results
+
+
+def _check_lengths(config: DictConfig) -> None:
+    """Raises ConfigError for lengths of training that are none."""
+    for key in ("trainer.max_epochs", "pretraining.epochs", "patience"):
+        value = OmegaConf.select(config, key)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{key}={value}: give a whole number from 1 up")
+    limit = config.trainer.limit_train_batches
+    if type(limit) not in (int, float) or limit <= 0 or (type(limit) is float and not limit <= 1):
+        raise ConfigError(
+            f"trainer.limit_train_batches={limit}: give a number of batches, or a share above 0, up to 1.0"
+        )
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and (type(clip) not in (int, float) or not 0 <= clip < math.inf):
+        raise ConfigError(f"trainer.gradient_clip_val={clip}: give a number from 0 up, or null")
 
 
 def _report(results: list[RunResult], config: DictConfig) -> str:

@@ -106,6 +106,16 @@ def test_envi_layouts(tmp_path, interleave, order, offset):
     assert raster.georeference.transform == pytest.approx((30, 0, 366000, 0, -30, 5810000))
 
 
+def test_envi_files_in_capitals(tmp_path):
+    write_envi(tmp_path / "a.hdr")
+    (tmp_path / "a.hdr").rename(tmp_path / "A.HDR")
+    (tmp_path / "a.bsq").rename(tmp_path / "A.IMG")
+    for name in ("A.HDR", "A.IMG"):
+        raster = read(tmp_path / name)
+        assert np.array_equal(raster.values, np.moveaxis(CUBE, -1, 0))
+        assert np.allclose(raster.bands.wavelengths, WAVELENGTHS)
+
+
 def test_micrometres_that_say_so_become_nanometres(tmp_path):
     write_envi(tmp_path / "a.hdr", units="Micrometers", scale=1e-3)
     assert np.allclose(read(tmp_path / "a.hdr").bands.wavelengths, WAVELENGTHS)

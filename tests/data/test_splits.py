@@ -212,6 +212,7 @@ def test_changed_or_cut_split_files_are_refused(tmp_path, pines):
         (([0, 1], [2], [99]), "within the scene"),
         (([0, 1], [2], [5]), "test holds unlabelled pixels"),
         (([0, 1], [], [3]), "no validation pixels"),
+        (([0, 1], [2], [3]), "all training pixels are of one class"),
     ],
 )
 def test_check_refuses(subsets, message):

@@ -75,7 +75,7 @@ class Split:
         return float(reached.flat[self.test].mean())
 
     def check(self, labels: np.ndarray) -> None:
-        """Makes sure that the subsets are sorted, disjoint and hold labelled pixels of this label map only.
+        """Makes sure that the subsets are sorted and disjoint and hold labelled pixels of this map, of several classes.
 
         Raises:
             SplitError: they are not.
@@ -94,6 +94,8 @@ class Split:
             if (labels.flat[indices] == IGNORE).any():
                 raise SplitError(f"split {self.kind}: {name} holds unlabelled pixels; was it made for this scene?")
             owner[indices] = name
+        if np.ptp(labels.flat[self.train]) == 0:
+            raise SplitError(f"split {self.kind}: all training pixels are of one class; nothing can be told apart")
 
     def save(self, path: str | Path) -> None:
         """Writes the split as .npz (plain arrays, no pickle) with its digest."""

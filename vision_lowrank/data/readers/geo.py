@@ -126,15 +126,22 @@ def read_envi(path: Path, expected: int) -> Raster:
 def _envi_pair(path: Path) -> tuple[Path, Path]:
     if path.suffix.lower() == ".hdr":
         candidates = [path.with_suffix(""), *(path.with_suffix(suffix) for suffix in ENVI_BINARIES)]
-        binary = next((candidate for candidate in candidates if candidate.is_file()), None)
+        binary = _first_file(candidates)
         if binary is None:
             raise DataError(f"{path}: no data file beside it; expected {path.stem} with {', '.join(ENVI_BINARIES)}")
         return path, binary
     candidates = [path.with_suffix(".hdr"), path.with_name(path.name + ".hdr")]
-    header = next((candidate for candidate in candidates if candidate.is_file()), None)
+    header = _first_file(candidates)
     if header is None:
         raise DataError(f"{path}: no ENVI header beside it; put {candidates[0].name} into the same folder")
     return header, path
+
+
+def _first_file(candidates: list[Path]) -> Path | None:
+    """Returns the first that is there, in capitals or not."""
+    beside = {path.name.lower(): path for path in sorted(candidates[0].parent.glob("*"), reverse=True)}
+    found = (path if path.is_file() else beside.get(path.name.lower()) for path in candidates)
+    return next((path for path in found if path is not None and path.is_file()), None)
 
 
 def _envi_header(path: Path) -> dict[str, str]:
