@@ -242,6 +242,13 @@ def test_what_fits_an_annotation(hint, good, bad):
     assert [value for value in bad if fits(hint, value)] == []
 
 
+@pytest.mark.parametrize("wrong", [{"num_nodes": "many"}, {"devices": 0}, {"strategy": None}])
+def test_what_a_library_refuses_is_an_error_of_the_configuration(wrong):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    with pytest.raises(ConfigError, match=r"lightning\.pytorch\.Trainer: .*(num_nodes|devices|strategy)"):
+        instantiate({"_target_": "lightning.pytorch.Trainer", **quiet, **wrong})
+
+
 def test_arguments_that_a_function_hands_on_are_checked_with_those_of_its_class():
     small = {"_target_": "vision_lowrank.models.lola_specvit.lola_specvit_tiny", "num_classes": 3}
     with pytest.raises(ConfigError, match="dim='wide' is not a whole number"):

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -150,7 +151,13 @@ def _build(node: Any, extra: Mapping[str, Any]) -> Any:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown and unknown.group(1) in arguments:
             raise ConfigError(f"{node['_target_']} has no argument {unknown.group(1)!r}") from error
-        raise
+        refusal: Exception = error
+    except (ValueError, MisconfigurationException) as error:
+        refusal = error
+    if node["_target_"].startswith("vision_lowrank."):
+        raise refusal
+    # a library's way to refuse arguments; of our own code it would be a fault
+    raise ConfigError(f"{node['_target_']}: {' '.join(str(refusal).split())}") from refusal
 
 
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,10 +77,11 @@ def loader(size=64):
     return DataLoader(samples, 16)
 
 
-def fit(task, epochs, callbacks=()):
+def fit(task, epochs, callbacks=(), **options):
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+        **options,
     )  # fmt: skip
     trainer.fit(task, loader(), loader())
     return trainer
@@ -100,17 +101,20 @@ class Watch(L.Callback):
         self.validation.append(task.model.body.adapters["default"].strength.item())
 
 
-def test_strength_and_rate_cycle_while_training_and_strength_is_one_at_validation():
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_strength_and_rate_cycle_while_training_and_strength_is_one_at_validation(accumulated):
     torch.manual_seed(0)
     model = Pooled()
     inject(model, "body", LoRA(2, 2), train="head")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     watch = Watch()
-    fit(make(model, cycles={"first_cycle": 1, "growth": 2, "minimum": 0.25}), 7, [watch])
-    strength = CyclicalStrength(28, 4, 2, 0.25)
-    rate = CyclicalStrength(28, 4, 2, 0.25, warmup=3, rising=False)
-    assert watch.strengths == pytest.approx([strength(step) for step in range(28)])
-    assert watch.rates == pytest.approx([0.05 * rate(step) for step in range(28)])
+    task = make(model, cycles={"first_cycle": 1, "growth": 2, "minimum": 0.25})
+    fit(task, 7, [watch], accumulate_grad_batches=accumulated)
+    steps = 28 // accumulated
+    strength = CyclicalStrength(steps, steps // 7, 2, 0.25)
+    rate = CyclicalStrength(steps, steps // 7, 2, 0.25, warmup=round(0.1 * steps), rising=False)
+    assert watch.strengths == pytest.approx([strength(step) for step in range(steps)])
+    assert watch.rates == pytest.approx([0.05 * rate(step) for step in range(steps)])
     assert watch.strengths[-1] == 1.0
     assert set(watch.validation) == {1.0}
     frozen = [name for name in before if name.startswith(("norm", "body.base"))]

@@ -189,6 +189,8 @@ class SceneClassification(ClippedFused):
         """
         torch.manual_seed(self.seed + self.global_step)
         if self.strength is not None:
+            # by steps of the optimiser, of which accumulated batches share one
+            self.strength.step_count = self.global_step
             self.strength.step(self.model)
 
     def on_validation_epoch_start(self) -> None:
