@@ -152,7 +152,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(configure):
 
 
 def test_wrong_options_end_before_work(configure, tmp_path):
-    with pytest.raises(ConfigError, match="modal_mode is 'infrared'"):
+    with pytest.raises(ConfigError, match="modal_mode='infrared' is not optical or radar or multi"):
         train(configure("task.modal_mode=infrared"))
     with pytest.raises(ConfigError, match="channel_sampling"):
         train(configure("task.channel_sampling=[0.5,0.2]"))

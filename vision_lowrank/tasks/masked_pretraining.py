@@ -39,6 +39,9 @@ class MaskedPretraining(L.LightningModule):
         warmup: share of training in which the rate rises.
         masked_pixels: share of the pixels that are hidden.
         masked_values: share of the other pixels' values that are hidden.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
 
     def __init__(
@@ -54,6 +57,11 @@ class MaskedPretraining(L.LightningModule):
         super().__init__()
         self.model = model
         check_optimisation(learning_rate, weight_decay, warmup)
+        if not (0 <= masked_pixels < 1 and 0 <= masked_values < 1 and masked_pixels + masked_values > 0):
+            raise ConfigError(
+                f"masked_pixels={masked_pixels}, masked_values={masked_values}: give shares from 0 up to, but not, 1, "
+                "one of them above 0"
+            )
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
@@ -145,6 +153,8 @@ class HyperMAEPretraining(L.LightningModule):
         if modal_mode not in (*PASSES, "random"):
             raise ConfigError(f"modal_mode is {modal_mode!r}; it can be {', '.join(PASSES)} or random")
         check_shares(channel_sampling)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"task.betas={list(betas)}: give two numbers from 0 up to, but not, 1")
         self.model = model
         check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate

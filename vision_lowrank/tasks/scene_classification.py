@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from vision_lowrank.adapters import CyclicalStrength, freeze_statistics, set_strength
 from vision_lowrank.data.augmentation import SYMMETRIES, apply_symmetries, check_shares, mixup, sample_channels
 from vision_lowrank.data.scene import IGNORE
+from vision_lowrank.errors import ConfigError
 from vision_lowrank.processes import (
     current_place,
     draw_apart,
@@ -61,6 +62,9 @@ class SceneClassification(ClippedFused):
 
     Attributes:
         history: one mapping a finished epoch: epoch, loss and accuracy of training and validation, rate, strength.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
 
     class_weights: Tensor
@@ -82,6 +86,11 @@ class SceneClassification(ClippedFused):
     ) -> None:
         super().__init__()
         check_shares(channel_sampling)
+        if not (0 <= label_smoothing < 1 and 0 <= mixup < math.inf and math.isfinite(balance)):
+            raise ConfigError(
+                f"task.label_smoothing={label_smoothing}, mixup={mixup}, balance={balance}: give a share below 1, a "
+                "number from 0 up and a number"
+            )
         self.model = model
         check_optimisation(learning_rate, weight_decay, warmup)
         self.learning_rate = learning_rate
