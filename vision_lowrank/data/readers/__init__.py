@@ -27,7 +27,7 @@ def read_raster(paths: list[Path], key: str | None, axes: str | None, height: in
         DataError: a file is damaged or of an unknown format, the options do not fit it, or it is far larger than the
             card says; this before it fills the memory.
     """
-    expected = height * width * channels
+    expected = (height, width, channels)
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes <= {".tif", ".tiff"}:
         return read_geotiff(paths, expected)

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from vision_lowrank.data.readers.raster import Raster, channels_first, check_size
+from vision_lowrank.data.readers.raster import CardShape, Raster, channels_first, check_size
 from vision_lowrank.errors import DataError
 
 # what the libraries raise on damaged or truncated files
@@ -31,7 +31,7 @@ CHUNK_BYTES = 1 << 20
 NUMBERS = ("double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
-def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
+def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: CardShape) -> Raster:
     """Reads an .npy file piece by piece, so that little more than the float32 result is ever in memory."""
     if key is not None:
         raise DataError(f"{path}: an .npy file holds one array; remove key {key!r} from the card")
@@ -47,7 +47,7 @@ def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: 
         raise _damaged(path, error) from error
 
 
-def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
+def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: CardShape) -> Raster:
     """Reads one array of an .npz file; without `key` the file must hold a single one."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -65,7 +65,7 @@ def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: 
     return Raster(_as_float32(channels_first(array, axes, height, width, f"{path} key {name}")))
 
 
-def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: int) -> Raster:
+def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: CardShape) -> Raster:
     """Reads one array of a MATLAB file, v5 or v7.3; without `key` the only one with as many axes as `axes` (else 3, 2).
 
     Cell and object arrays are refused: they are not plain numbers.
@@ -88,7 +88,7 @@ def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: 
     return Raster(_as_float32(channels_first(array, axes, height, width, f"{path} key {name}")))
 
 
-def _read_hdf5(path: Path, key: str | None, axes: str | None, expected: int) -> tuple[str, np.ndarray]:
+def _read_hdf5(path: Path, key: str | None, axes: str | None, expected: CardShape) -> tuple[str, np.ndarray]:
     with h5py.File(path, "r") as file:
         # MATLAB stores the axes of its arrays in reverse, and keeps cells and objects below a group of references
         shapes = {name: item.shape[::-1] for name, item in file.items() if isinstance(item, h5py.Dataset)}

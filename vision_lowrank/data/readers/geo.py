@@ -17,7 +17,7 @@ from rasterio.merge import merge
 from rasterio.windows import Window
 
 from vision_lowrank.data.bands import Bands, check_wavelengths
-from vision_lowrank.data.readers.raster import Georeference, Raster, check_size
+from vision_lowrank.data.readers.raster import CardShape, Georeference, Raster, check_size
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def blank_masked(file: DatasetReader, values: np.ndarray, window: Window | None 
     return values
 
 
-def read_geotiff(paths: list[Path], expected: int) -> Raster:
+def read_geotiff(paths: list[Path], expected: CardShape) -> Raster:
     """Reads a GeoTIFF, or several of one scene put together by their georeference.
 
     Gaps between tiles and pixels of the files' nodata value become NaN in a mosaic. Where tiles overlap, the first that
@@ -63,7 +63,7 @@ def read_geotiff(paths: list[Path], expected: int) -> Raster:
 
     Args:
         paths: the files.
-        expected: numbers of which the whole should consist, see `check_size`.
+        expected: rows, columns and channels on the card, see `check_size`.
 
     Raises:
         DataError: a file is damaged or far larger than expected, or tiles differ in crs, pixel grid or bands.
@@ -76,14 +76,14 @@ def read_geotiff(paths: list[Path], expected: int) -> Raster:
             first = tiles[0]
             bands = read_bands(first, paths[0])
             if len(tiles) == 1:
-                check_size((first.count, *first.shape), expected, str(paths[0]))
+                check_size((*first.shape, first.count), expected, str(paths[0]))
                 values = first.read(out_dtype="float32")
                 return Raster(blank_masked(first, values), bands, _georeference(first), first.nodata)
             for path, tile in zip(paths, tiles, strict=True):
                 _check_tile(first, tile, path)
             bounds = np.array([tile.bounds for tile in tiles])
             extent = np.maximum(bounds[:, 2:].max(axis=0) - bounds[:, :2].min(axis=0), 0) / first.res
-            check_size((first.count, round(extent[1]), round(extent[0])), expected, f"tiles in {paths[0].parent}")
+            check_size((round(extent[1]), round(extent[0]), first.count), expected, f"tiles in {paths[0].parent}")
             values, transform = merge(tiles, nodata=np.nan, dtype="float32")
             georeference = Georeference(_crs_text(first), tuple(transform)[:6])
             return Raster(values, bands, georeference)
@@ -94,12 +94,12 @@ def read_geotiff(paths: list[Path], expected: int) -> Raster:
         raise DataError(f"{names}: damaged, truncated or no raster ({detail}); fetch or copy it again") from error
 
 
-def read_envi(path: Path, expected: int) -> Raster:
+def read_envi(path: Path, expected: CardShape) -> Raster:
     """Reads an ENVI raster, given its header or its binary; any interleave, byte order and header offset.
 
     Args:
         path: header or binary.
-        expected: numbers of which it should consist, see `check_size`.
+        expected: rows, columns and channels on the card, see `check_size`.
 
     Raises:
         DataError: header or binary is missing or damaged, or the binary is shorter than the header says.

@@ -9,8 +9,11 @@ from einops import EinopsError, rearrange
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.errors import DataError
 
-# an array may be so many times as large as expected, so that a wrong file is told by its shape
-SURPLUS = 4
+# rows, columns and channels
+CardShape = tuple[int, int, int]
+# an array may be so many times as large as expected, or hold so many numbers, so that what is wrong is told after it
+# was read
+SURPLUS, ALWAYS = 4, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,20 @@ class Raster:
     nodata: float | None = None
 
 
-def check_size(shape: tuple[int, ...], expected: int, source: str) -> None:
-    """Refuses an array that is not read yet and is far larger than expected; compressed, it may be a small file.
+def check_size(shape: tuple[int, ...], expected: CardShape, source: str) -> None:
+    """Refuses an array that is not read yet and is far larger than the card says; compressed, it may be a small file.
 
     Args:
         shape: of the array.
-        expected: numbers of which it should consist.
+        expected: rows, columns and channels on the card.
         source: file, named in the error.
 
     Raises:
-        DataError: it is more than `SURPLUS` times as large.
+        DataError: it is more than `SURPLUS` times as large, and larger than `ALWAYS`.
     """
-    if math.prod(shape) > SURPLUS * expected:
-        raise DataError(
-            f"{source}: array of shape {tuple(shape)}, where the card tells of {expected} values; correct the card's "
-            "`shape` or take the right file"
-        )
+    if math.prod(shape) > max(SURPLUS * math.prod(expected), ALWAYS):
+        found, wanted = (" x ".join(map(str, lengths)) for lengths in (shape, expected))
+        raise DataError(f"{source}: {found}, the card says {wanted} (rows, columns, channels); correct one of them")
 
 
 def channels_first(array: np.ndarray, axes: str | None, height: int, width: int, source: str) -> np.ndarray:
