@@ -159,9 +159,7 @@ def train_network(
         VisionLowRankError: see `training.train`.
     """
     adapted = config.regime == "adapt"
-    # read for every regime: what is wrong with it is told before the work
-    options = adapter_options(config)
-    hooks = [AdapterTraining(**asdict(options.training))] if adapted else []
+    hooks = [AdapterTraining(**asdict(adapter_options(config).training))] if adapted else []
     model, transductive = _prepare_model(config, data, folder, resumed, precision)
     facts: dict[str, Any] = {"transductive": transductive}
     task = _make_task(config, data, model)
