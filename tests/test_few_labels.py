@@ -121,9 +121,9 @@ def test_seeds_draw_other_labels_of_the_same_blocks():
 
 @pytest.mark.parametrize("kept", [0, -3, 1.0, 1.5, 0.0, True, float("nan")])
 def test_what_is_no_number_of_labels(kept):
-    labels = np.zeros((10, 10), int)
+    labels = np.arange(100).reshape(10, 10) % 2
     with pytest.raises(SplitError, match=r"labels has .*; give whole numbers \(pixels a class\) or shares below 1"):
-        keep_labels(random_split(labels, 1, 0.3, 0.1, seed=0), labels, 1, kept)
+        keep_labels(random_split(labels, 2, 0.3, 0.1, seed=0), labels, 2, kept)
 
 
 def test_an_epoch_has_its_steps_however_few_the_pixels_are(card):

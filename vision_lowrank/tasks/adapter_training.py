@@ -51,8 +51,8 @@ class Cycles:
     """
 
     first_cycle: float
-    growth: int
-    minimum: float
+    growth: int = 2
+    minimum: float = 0.1
 
     def __post_init__(self) -> None:
         if not (0 < self.first_cycle < math.inf and self.growth >= 1 and 0 <= self.minimum <= 1):

@@ -37,10 +37,10 @@ def check_optimisation(learning_rate: float, weight_decay: float, warmup: float)
     """Refuses settings of a task that no training could begin with.
 
     Raises:
-        ConfigError: the rate is not positive, the decay is negative, or the warm-up is no share of training.
+        ConfigError: rate or decay is negative, or the warm-up is no share of training.
     """
-    if not 0 < learning_rate < math.inf:
-        raise ConfigError(f"task.learning_rate is {learning_rate}; give a number above 0")
+    if not 0 <= learning_rate < math.inf:
+        raise ConfigError(f"task.learning_rate is {learning_rate}; give a number from 0 up")
     if not 0 <= weight_decay < math.inf:
         raise ConfigError(f"task.weight_decay is {weight_decay}; give a number from 0 up")
     warmup_cosine(1, warmup)
