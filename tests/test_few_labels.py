@@ -32,7 +32,7 @@ BLOCKS = {
     "block_size": 6, "guard": 6, "train_pixels": 120, "validation_pixels": 60, "validation_classes": 2,
     "test_pixels": 60,
 }  # fmt: skip
-METHODS = ("svm", "svm_shape", "random_forest", "lola_full", "lola_adapt", "less_vit")
+METHODS = ("svm", "svm_shape", "random_forest", "lola_full", "lola_and_svms", "lola_adapt", "less_vit")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_run_of_each_method_on_one_division(root, card):
     assert np.bincount(labels.flat[split.train]).tolist() == [4, 4, 4]
     for name, result in results.items():
         assert sorted(path.name for path in (folder / name).iterdir()) == [
-            "metrics.csv", "metrics.json", "provenance.json", "random_walk", "split.npz",
+            "metrics.csv", "metrics.json", "prediction.npy", "provenance.json", "random_walk", "split.npz",
         ]  # fmt: skip
         assert result.leakage == 0
         assert sum(result.scores["test"].pixels) == split.test.size
@@ -196,6 +196,19 @@ def test_a_run_of_each_method_on_one_division(root, card):
     assert found.method == "svm + random walk"
     assert found.facts["transductive"]
     assert found.scores["test"].oa == pytest.approx((walked[split.test] == labels.flat[split.test]).mean())
+    # maps are those that were scored
+    maps = {name: np.load(folder / name / "prediction.npy") for name in METHODS}
+    for name, result in results.items():
+        right = maps[name].flat[split.test] == labels.flat[split.test]
+        assert result.scores["test"].oa == pytest.approx(right.mean())
+    walked_map = np.load(folder / "svm" / "random_walk" / "prediction.npy")
+    np.testing.assert_array_equal(walked_map.ravel(), walked)
+    # two of three decide, and where no two agree the first
+    first, second, third = (maps[name] for name in ("svm_shape", "lola_full", "svm"))
+    np.testing.assert_array_equal(maps["lola_and_svms"], np.where(second == third, second, first))
+    assert (first != second).any()
+    members = [results[name].facts["seconds"] for name in ("svm_shape", "lola_full", "svm")]
+    assert results["lola_and_svms"].facts["seconds"] > sum(members)
     for name in METHODS[:-1]:
         assert results[name].scores["test"].oa > 0.6, name
     assert results["lola_adapt"].facts["parameters"]["trainable_share"] < 0.5
@@ -219,7 +232,7 @@ def test_it_goes_on_where_it_was_stopped(root, card, monkeypatch, caplog):
     written = base.stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
         run_few_labels(configure(card, root.parent))
-    assert "6 runs, 5 of them finished before" in caplog.text
+    assert "7 runs, 6 of them finished before" in caplog.text
     assert "1 of 1: blocks, 4 labels, seed 0, lola_adapt: OA" in caplog.text
     assert base.stat().st_mtime_ns == written
     assert not (lost.parent / "training").exists()
@@ -238,7 +251,7 @@ def test_parts_add_to_one_table(root, card, full_resolution):
                 ("random", "0.02", "2")]  # fmt: skip
     for name in ("svm", "svm + random walk"):
         assert [(kind, labels, count) for kind, labels, method, count in found if method == name] == expected
-    assert len(found) == 2 * (6 + 4 + 1)
+    assert len(found) == 2 * (7 + 4 + 1)
     assert ("blocks", "4", "lola_or_svm", "1") in found
     tests = [read_result(root / f"random-2-seed{seed}" / "svm").scores["test"].oa for seed in (0, 1)]
     (row,) = [row for row in rows if (row["split"], row["labels"], row["method"]) == ("random", "2", "svm")]
@@ -254,6 +267,8 @@ def test_parts_add_to_one_table(root, card, full_resolution):
         (["methods=[svm,forest]"], "methods has forest; it can have svm, random_forest, lola_full"),
         (["kinds=[stripes]"], "kinds has stripes; it can have random, blocks"),
         (["methods=[]"], r"methods=\[\]: give at least one"),
+        (["benchmark.methods.lola_and_svms.members=[svm,lola]"], "lola_and_svms.members has lola, which is no method"),
+        (["methods=[lola_and_svms]"], r"prediction\.npy: not found; lola_and_svms needs a run of svm_shape before it"),
         (["seeds=[1,1]"], "none twice"),
         (["labels=[5,0]"], "labels has 0; give whole numbers"),
         (["labels=[1.0]"], "labels has 1.0; give whole numbers"),

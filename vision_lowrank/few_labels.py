@@ -2,7 +2,8 @@
 
 runs/NAME/METHOD.json                  what a method is, the same in all its runs
 runs/NAME/bases/KIND-seed0/model/      what adapters share in a division: a base pretrained without labels
-runs/NAME/KIND-LABELS-seed0/METHOD/    one run: `split.npz`, `provenance.json`, `random_walk/`, last `metrics.json`
+runs/NAME/KIND-LABELS-seed0/METHOD/    one run: `split.npz`, `provenance.json`, `prediction.npy` (the map, uint8 class
+                                       indices), `random_walk/` with another map and scores, last `metrics.json`
 runs/NAME/table.md table.csv curve.png over all runs that are there, see `few_labels_report`
 
 The same command goes on where it was stopped, and one with other methods, labels or seeds adds to the same table.
@@ -13,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,18 @@ from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.metrics import score
-from vision_lowrank.evaluation.tables import RunResult, write_metrics
+from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
 from vision_lowrank.few_labels_report import report
 from vision_lowrank.fitting import pretrain, train_network
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.random_walk import random_walk, read_walk
-from vision_lowrank.runs import atomic_folder, provenance, write_json
+from vision_lowrank.runs import atomic_folder, atomic_path, provenance, write_json
 
 logger = logging.getLogger(__name__)
+
+# by how much the first of several voters outweighs another
+FIRST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Division:
         method, folder = self.options["methods"][run.method], run.folder(self.root)
         data = self.data(method["data"])
         config = DictConfig({**method, "ckpt_path": None, "compile": False})
-        network = not is_baseline(config.model)
+        network = "members" not in method and not is_baseline(config.model)
         if network:
             config.trainer.accelerator = self.accelerator
             config.patience = config.trainer.max_epochs
@@ -146,11 +150,14 @@ class Division:
         write_json(folder / "provenance.json", provenance(self.precision, data.scene.hashes))
         L.seed_everything(self.seed, workers=True, verbose=False)
         started = time.perf_counter()
-        if network:
+        if "members" in method:
+            probabilities, facts = self._votes(run, method["members"], data)
+        elif network:
             probabilities, facts = self._train(config, data, folder / "training")
         else:
             probabilities, facts = fit_baseline(config.model, data)
-        facts |= {"seconds": time.perf_counter() - started, **_about(run, data, facts, method)}
+        facts["seconds"] = facts.get("seconds", 0.0) + time.perf_counter() - started
+        facts |= _about(run, data, facts, method)
         walked = self._walk(probabilities, data)
         # the run's own folder last: its scores mark it as finished
         self._write(folder / "random_walk", run, data, walked, {**facts, "random_walk": True, "transductive": True})
@@ -172,11 +179,34 @@ class Division:
             subset: score(predicted[pixels], labels.flat[pixels], data.num_classes)
             for subset, pixels in data.split.subsets().items()
         }
+        with atomic_path(folder / "prediction.npy") as temporary:
+            np.save(temporary, predicted.astype(np.uint8).reshape(data.split.shape))
         leakage = data.split.leakage(data.patch_size)
         name = f"{run.method} + random walk" if facts["random_walk"] else run.method
         result = RunResult(name, run.seed, data.split.digest(), leakage, scores, facts)
         write_metrics(folder, result, [item.name for item in data.scene.classes])
         return result
+
+    def _votes(self, run: Run, members: Sequence[str], data: SceneDataModule) -> tuple[np.ndarray, dict[str, Any]]:
+        """Returns the shares of the members' votes, (height * width, classes), and facts.
+
+        Of equal shares that of the first member is raised a little.
+
+        Raises:
+            ConfigError: a member has no finished run with a map.
+        """
+        votes = np.zeros((data.scene.labels.size, data.num_classes), np.float32)
+        facts: list[Mapping[str, Any]] = []
+        for place, member in enumerate(members):
+            folder = replace(run, method=member).folder(self.root)
+            path = folder / "prediction.npy"
+            if not (path.is_file() and (folder / "metrics.json").is_file()):
+                raise ConfigError(f"{path}: not found; {run.method} needs a run of {member} before it, made anew")
+            predicted = np.load(path, allow_pickle=False).ravel()
+            votes[np.arange(votes.shape[0]), predicted] += 1 if place else 1 + FIRST
+            facts.append(read_result(folder).facts)
+        seconds, seen = sum(one["seconds"] for one in facts), any(one["transductive"] for one in facts)
+        return votes / votes.sum(axis=1, keepdims=True), {"seconds": seconds, "transductive": seen}
 
     def _train(self, config: DictConfig, data: SceneDataModule, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns probabilities all over the scene, (height * width, classes), and facts; keeps no weights."""
@@ -228,6 +258,9 @@ def _check(config: DictConfig) -> None:
         if config.benchmark[name] is None:
             raise ConfigError(f"benchmark.{name} is null; {remedy}")
     read_walk(config.benchmark.random_walk)
+    for name, method in config.benchmark.methods.items():
+        if strange := [item for item in method.get("members", []) if item not in config.benchmark.methods]:
+            raise ConfigError(f"benchmark.methods.{name}.members has {', '.join(strange)}, which is no method")
     for name, members in config.benchmark.choices.items():
         if strange := [item for item in members if item not in config.benchmark.methods]:
             raise ConfigError(f"benchmark.choices.{name} has {', '.join(strange)}, which is no method")
