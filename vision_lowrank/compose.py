@@ -100,7 +100,10 @@ def _keep_scenes(folder: Path, scenes: Sequence[LoadedScene]) -> None:
     # as JSON gives them back
     facts = json.loads(json.dumps({scene.name: {**asdict(scene.file), "files": scene.files()} for scene in scenes}))
     path = folder / "scenes.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}); begin a new run") from error
     for name, found in facts.items():
         if changed := [key for key, value in found.items() if before.get(name, {}).get(key) != value]:
             raise ConfigError(

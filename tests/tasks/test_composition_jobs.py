@@ -119,6 +119,9 @@ def test_a_scene_that_was_changed_is_not_resumed(folder, run, tmp_path, monkeypa
     monkeypatch.setattr(LoadedScene, "files", lambda scene: {"dog.safetensors": "0" * 64})
     with pytest.raises(ConfigError, match="scene one has other files now"):
         run(f"scene={path}", f"resume={whole}")
+    (whole / "scenes.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"scenes\.json: damaged"):
+        run(f"scene={path}", f"resume={whole}")
     assert not (whole / "one.json").exists()
 
 
