@@ -53,6 +53,20 @@ class LossWatch(Callback):
             "task.learning_rate, or train with trainer.precision=32-true; checkpoints/last.ckpt is from before"
         )
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Looks at the weights: a gradient may be no number though the loss is one.
+
+        Raises:
+            TrainingError: they are not finite; nothing is written.
+        """
+        for name, value in checkpoint["state_dict"].items():
+            # those that are shared out among processes have another type
+            if type(value) is Tensor and value.is_floating_point() and not value.isfinite().all():
+                raise TrainingError(
+                    f"epoch {trainer.current_epoch + 1}: {name} is not finite, though the loss was; lower "
+                    "task.learning_rate, or train with trainer.precision=32-true; checkpoints/last.ckpt is from before"
+                )
+
 
 def _not_finite(batch: Mapping[str, Any], count: int) -> np.ndarray:
     """Tells which samples of a batch hold values that are not finite, bool (count,)."""

@@ -54,6 +54,21 @@ def test_pixels_are_named(repository, scene, tmp_path, monkeypatch):
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
+def test_weights_that_are_no_numbers_reach_no_checkpoint(repository, scene, tmp_path, monkeypatch):
+    def spoil(self):
+        if self.current_epoch == 1 and self.trainer.is_last_batch:
+            next(self.model.parameters()).grad[0] = float("nan")
+
+    monkeypatch.setattr(SceneClassification, "on_after_backward", spoil)
+    with pytest.raises(TrainingError, match=r"epoch 2: model\..* is not finite, though the loss was; lower task\."):
+        run(repository, tmp_path, scene)
+    (folder,) = tmp_path.glob("*/*-seed0")
+    for name in ("last", "best"):
+        kept = read_checkpoint(folder / "checkpoints" / f"{name}.ckpt")
+        assert kept["epoch"] == 0
+        assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
 def test_tiles_are_named(repository, tiles, tmp_path, monkeypatch):
     seen = poison(monkeypatch, HyperMAEPretraining)
     with pytest.raises(TrainingError, match=r"batch 3: .* on tiles indian_pines \d+") as caught:
