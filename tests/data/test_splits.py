@@ -175,6 +175,9 @@ def test_published_maps_that_contradict_the_scene_are_refused():
         file_split(labels, train, labels, 0.2, 0, "Train.mat")
     with pytest.raises(SplitError, match=r"Train\.mat: shape \(30, 29\)"):
         file_split(labels, train[:, 1:], test, 0.2, 0, "Train.mat")
+    for share in (0.0, 1.0, -0.1, float("nan")):
+        with pytest.raises(SplitError, match=rf"Train\.mat: validation={share}; give a share above 0 and below 1"):
+            file_split(labels, train, test, share, 0, "Train.mat")
 
 
 def test_save_and_load(tmp_path, pines):

@@ -273,8 +273,10 @@ def file_split(
         source: file of the training map, named in errors and kept in `parameters`.
 
     Raises:
-        SplitError: the maps contradict the scene or each other, or a class has too few pixels.
+        SplitError: the share is none, the maps contradict the scene or each other, or a class has too few pixels.
     """
+    if not 0 < validation < 1:
+        raise SplitError(f"split from {source}: validation={validation}; give a share above 0 and below 1")
     for pixels in (train_map, labels if test_map is None else test_map):
         if pixels.shape != labels.shape:
             raise SplitError(
