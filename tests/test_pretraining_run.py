@@ -157,6 +157,12 @@ def test_wrong_options_end_before_work(configure, tmp_path):
         train(configure("task.modal_mode=infrared"))
     with pytest.raises(ConfigError, match="channel_sampling"):
         train(configure("task.channel_sampling=[0.5,0.2]"))
+    for name in ("encoder.patch_size", "encoder.embed_dim", "encoder.depth", "encoder.num_heads", "encoder.rank",
+                 "encoder.channel_dim_per_head", "decoder_dim", "decoder_heads"):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name.rpartition('.')[2]} is 0; give at least 1"):
+            train(configure(f"model.{name}=0"))
+    with pytest.raises(ConfigError, match="seed is -1; give at least 0"):
+        train(configure("data.sources.indian_pines.seed=-1"))
     with pytest.raises(ConfigError, match="the images have none"):
         train(configure("task.modal_mode=radar"))
     other = tmp_path / "other.ckpt"

@@ -466,6 +466,7 @@ def test_a_checkpoint_of_another_split_is_refused(configure):
         (["data.patch_size=five"], "patch_size='five' is not a whole number"),
         (["task.mixup=soft"], "mixup='soft' is not a number"),
         (["task.learning_rate=-1"], "task.learning_rate is -1; give a number from 0 up"),
+        (["model.dim=0"], "dim is 0; give at least 1"),
         (["task.label_smoothing=1"], "task.label_smoothing=1, mixup="),
         (["regime=adapt", "pretraining.task.masked_pixels=-0.1"], "masked_pixels=-0.1, masked_values=0.3: give shares"),
         (["regime=adapt", "task.weight_decay=-1"], "task.weight_decay is -1; give a number from 0 up"),

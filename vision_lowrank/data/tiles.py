@@ -16,6 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.download import fetch
@@ -55,6 +56,7 @@ class TileSource(ABC):
             raise ConfigError(f"tiles: size is {size}, stride {stride}; give pixels, at least 1")
         if validation < 0 or test < 0 or validation + test >= 1:
             raise ConfigError(f"tiles: validation is {validation}, test {test}; give shares with a sum below 1")
+        check_least(0, seed=seed)
         self.size = size
         self.stride = stride
         self.shares = (validation, test)

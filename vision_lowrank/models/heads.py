@@ -17,6 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import fused_attention
 from vision_lowrank.models.less_vit import LessViT, Wavelengths
@@ -36,11 +37,12 @@ class AttentiveChannelPool(nn.Module):
         num_heads: heads.
 
     Raises:
-        ConfigError: the heads do not divide the width.
+        ConfigError: there are no heads, or they do not divide the width.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
+        check_least(1, num_heads=num_heads)
         if dim % num_heads:
             raise ConfigError(f"width {dim} is no multiple of its {num_heads} heads of the channel pool")
         self.query = nn.Parameter(torch.empty(num_heads, dim).normal_(std=0.02))

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.low_rank_interpolation import LowRankInterpolation
 from vision_lowrank.models.less_vit import (
@@ -84,7 +85,7 @@ class HyperMAE(nn.Module):
             start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1, or a rank below 1.
+        ConfigError: a share is not between 0 and 1, or a width, a number of heads or a rank below 1.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class HyperMAE(nn.Module):
         for name, share in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
             if not 0 <= share < 1:
                 raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
+        check_least(1, decoder_dim=decoder_dim, decoder_heads=decoder_heads)
+        check_least(1, decoder_channel_dim_per_head=decoder_channel_dim_per_head)
         if interpolation_rank is not None and interpolation_rank < 1:
             raise ConfigError(f"interpolation_rank is {interpolation_rank}; give at least 1, or null for none")
         self.encoder = encoder

@@ -22,6 +22,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.bands import SHORTEST_NANOMETRES, check_wavelengths
 from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.models.layers.embeddings import (
@@ -167,6 +168,8 @@ class LessViT(
         ):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}; it can be {' or '.join(known)}")
+        check_least(1, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_least(1, channel_dim_per_head=channel_dim_per_head, rank=rank)
         self.patch_size = patch_size
         self.num_features = embed_dim
         self.rank = rank

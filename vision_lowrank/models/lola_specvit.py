@@ -20,6 +20,7 @@ from timm.layers import DropPath, SwiGLU
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.spectral_stem import SpectralStem
 from vision_lowrank.models.layers.window_attention import WindowAttention
@@ -115,6 +116,7 @@ class LolaSpecViT(
         super().__init__()
         if len(depths) != len(num_heads):
             raise ConfigError(f"depths={depths} and num_heads={num_heads} differ in length: give one value a stage")
+        check_least(1, in_chans=in_chans, img_size=img_size, dim=dim, window_size=window_size)
         self.in_chans = in_chans
         self.img_size = img_size
         self.stem = SpectralStem(in_chans, img_size, stem_channels, stem_depths, dim)
