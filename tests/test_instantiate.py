@@ -228,7 +228,7 @@ def test_arguments_of_another_kind_are_named(key, value, kind):
         (float, [1, 0.5, math.inf], ["1", True, None, math.nan, [1.0]]),
         (float | None, [None, 2], ["none", math.nan]),
         (tuple[float, float], [[0.1, 1], (1, 2)], [[0.1], [0.1, 0.2, 0.3], 0.5, "ab", [0.1, "x"], [0.1, math.nan]]),
-        (tuple[int, ...], [[], [1, 2, 3]], [[1.5], 3]),
+        (tuple[int, ...], [[], [1, 2, 3], {"_target_": "x"}], [[1.5], 3, {"a": 1}]),
         (Sequence[str] | str, ["a", ["a", "b"]], [[1], 1]),
         (Mapping[str, int], [{"a": 1}], [{"a": "b"}, [1]]),
         (Literal["mean", "max"], ["mean"], ["median", None]),

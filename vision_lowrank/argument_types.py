@@ -1,4 +1,4 @@
-"""Values of a configuration against the annotations of the class or function that they are arguments of."""
+"""Values of a configuration against the annotations of what they are arguments of, and against the least they can be."""
 
 import inspect
 import math
@@ -69,7 +69,8 @@ def fits(hint: Any, value: Any) -> bool:
         return isinstance(value, Mapping) and _items_fit(arguments[1:], value.values())
     if issubclass(origin, Collection):
         if not isinstance(value, list | tuple):
-            return isinstance(value, Mapping)
+            # one that is still to be made
+            return isinstance(value, Mapping) and "_target_" in value
         if issubclass(origin, tuple) and arguments[1:] not in ((), (...,)):
             return len(value) == len(arguments) and all(map(fits, arguments, value))
         return _items_fit(arguments[:1], value)
