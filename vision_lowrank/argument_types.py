@@ -1,4 +1,4 @@
-"""Values of a configuration against the annotations of what they are arguments of, and against the least they can be."""
+"""Values of a configuration against the annotations of what they are arguments of, and against least values."""
 
 import inspect
 import math
