@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +19,10 @@ from vision_lowrank.composer.scene_files import LoadedScene, constants_of, load_
 from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
-from vision_lowrank.runs import atomic_path, checked_seeds, open_run, process_rank, write_csv, write_json
-from vision_lowrank.tasks.composition import Job, run_jobs
+from vision_lowrank.runs import atomic_path, check_command, checked_seeds, open_run, process_rank, write_csv, write_json
+from vision_lowrank.tasks.composition import Job, check_sampling, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# timesteps that models of diffusion are trained with
-MOST_STEPS = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
@@ -40,6 +37,7 @@ def run(config: DictConfig) -> Path:
     Raises:
         VisionLowRankError: a scene, its LoRAs, the base model or an option is wrong.
     """
+    check_command(config)
     names = list(config.scene) if isinstance(config.scene, ListConfig) else [config.scene]
     scenes = [load_scene(name) for name in names]
     if len({scene.name for scene in scenes}) < len(scenes) or len({scene.base for scene in scenes}) > 1:
@@ -51,7 +49,15 @@ def run(config: DictConfig) -> Path:
     changed = [_changed(scene.file.settings, options) for scene in scenes]
     settings = [make_settings(one, f"scene {scene.name}") for scene, one in zip(scenes, changed, strict=True)]
     device = choose_device(config.device)
-    _check_numbers(config, scenes)
+    numbers = [
+        (
+            scene.file.steps if config.steps is None else config.steps,
+            scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        )
+        for scene in scenes
+    ]
+    for scene, (steps, scale) in zip(scenes, numbers, strict=True):
+        check_sampling(f"scene {scene.name}", steps, scale)
     pipeline = load_base(scenes[0].base, DTYPES[config.dtype], device)
     plans = []
     for scene, one in zip(scenes, settings, strict=True):
@@ -61,11 +67,10 @@ def run(config: DictConfig) -> Path:
         plans.append(planned)
     folder = open_run(config, config.dtype)
     _keep_scenes(folder, scenes)
-    jobs = []
-    for scene, planned in zip(scenes, plans, strict=True):
-        steps = scene.file.steps if config.steps is None else config.steps
-        scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        jobs.append(Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, steps, scale))
+    jobs = [
+        Job(folder, scene.name, planned, scene.file.height, scene.file.width, seeds, *sampling)
+        for scene, planned, sampling in zip(scenes, plans, numbers, strict=True)
+    ]
     run_jobs(pipeline, jobs, device, config.devices)
     if process_rank() == 0:
         _finish(folder, scenes, jobs)
@@ -78,19 +83,6 @@ def _changed(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     if "constants" in both:
         both["constants"] = {**constants_of(settings), **constants_of(options)}
     return both
-
-
-def _check_numbers(config: DictConfig, scenes: Sequence[LoadedScene]) -> None:
-    """Raises ConfigError for numbers of the command or of a scene that no sampling could be done with."""
-    if type(config.devices) is not int or config.devices < 1:
-        raise ConfigError(f"devices={config.devices}: give a whole number from 1 up")
-    for scene in scenes:
-        steps = scene.file.steps if config.steps is None else config.steps
-        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-            raise ConfigError(f"scene {scene.name}: steps={steps}: give a whole number from 1 to {MOST_STEPS}")
-        scale = scene.file.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        if type(scale) not in (int, float) or not math.isfinite(scale):
-            raise ConfigError(f"scene {scene.name}: guidance_scale={scale}: give a finite number")
 
 
 def _keep_scenes(folder: Path, scenes: Sequence[LoadedScene]) -> None:

@@ -5,8 +5,9 @@ No scene is chosen by hand: concepts, backgrounds, sizes and places follow from 
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ from vision_lowrank.evaluation.composition import (
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.compositions import save_sheet
 from vision_lowrank.precision import choose_device, choose_precision
-from vision_lowrank.runs import atomic_path, open_run, process_rank, write_csv, write_json
+from vision_lowrank.records import make_record
+from vision_lowrank.runs import atomic_path, checked_seeds, open_run, process_rank, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
-from vision_lowrank.tasks.composition import Job, run_jobs
+from vision_lowrank.tasks.composition import Job, check_sampling, run_jobs
 from vision_lowrank.text_to_image_run import WORLD
 
 # words, commas and tokens that a prompt of the sprites' base may have
@@ -57,6 +59,74 @@ LONGEST = 30
 SHARES = {"success": "success", "confusion": "wrong", "vanishing": "vanished", "overlap": "box IoU"}
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a method of `composer.methods`, and changes of the benchmark's settings."""
+
+    method: str = "composer"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The section `benchmark` of a configuration; see `configs/benchmark/composition.yaml`.
+
+    Raises:
+        ConfigError: a value is out of range, or the sheet shows what is no row.
+    """
+
+    kind: str
+    world: str | None
+    scenes: dict[int, int]
+    sizes: dict[int, tuple[int, ...]]
+    gap: int
+    image_seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    settings: dict[str, Any]
+    variants: dict[str, Variant]
+    sheet: tuple[str, ...]
+    sheet_scenes: int
+
+    def __post_init__(self) -> None:
+        if not self.scenes or min(self.scenes.values()) < 1:
+            raise ConfigError(f"benchmark.scenes is {self.scenes}; give a number of scenes by number of concepts")
+        if unsized := [count for count in self.scenes if len(self.sizes.get(count, ())) != 2]:
+            raise ConfigError(
+                "benchmark.sizes has no smallest and largest size of boxes for scenes of "
+                f"{', '.join(map(str, unsized))} concepts"
+            )
+        if self.gap < 0 or self.sheet_scenes < 1:
+            raise ConfigError(
+                f"benchmark.gap={self.gap}, benchmark.sheet_scenes={self.sheet_scenes}: give at least 0, and 1"
+            )
+        checked_seeds(list(self.image_seeds))
+        check_sampling("benchmark", self.steps, self.guidance_scale)
+        folders = [_folder_name(name) for name in self.variants]
+        if not folders or len(set(folders)) < len(folders):
+            raise ConfigError(
+                f"benchmark.variants is {', '.join(self.variants) or 'empty'}; give at least one, with names that "
+                "differ by more than spaces"
+            )
+        if strange := set(self.sheet) - set(self.variants):
+            raise ConfigError(
+                f"benchmark.sheet names {', '.join(sorted(strange))}, which is no row of benchmark.variants"
+            )
+
+
+def _folder_name(variant: str) -> str:
+    """Returns what the folder of a row is called.
+
+    Raises:
+        ConfigError: a folder cannot be called so.
+    """
+    if not re.fullmatch(r"\w[^/\\\0]*", variant):
+        raise ConfigError(
+            f"benchmark.variants: {variant!r} is no name of a folder; begin with a letter, and leave out slashes"
+        )
+    return variant.replace(" ", "_")
 
 
 @dataclass(frozen=True)
@@ -74,7 +144,7 @@ class Drawn:
 
 
 def draw_scenes(
-    counts: Mapping[int, int], sizes: Mapping[int, tuple[int, int]], gap: int, concepts: Sequence[str], seed: int
+    counts: Mapping[int, int], sizes: Mapping[int, Sequence[int]], gap: int, concepts: Sequence[str], seed: int
 ) -> list[Drawn]:
     """Draws scenes in which each concept is at most once, and apart from the others.
 
@@ -91,7 +161,8 @@ def draw_scenes(
         for index in range(count):
             names = generator.choice(sorted(concepts), concepts_in_scene, replace=False).tolist()
             background = str(generator.choice(list(BACKGROUNDS)))
-            placed = lay_out(names, generator, sizes[concepts_in_scene], overlap=0, gap=gap)
+            smallest, largest = sizes[concepts_in_scene]
+            placed = lay_out(names, generator, (smallest, largest), overlap=0, gap=gap)
             scenes.append(Drawn(f"{concepts_in_scene}concepts{index:03d}", background, placed))
     return scenes
 
@@ -129,22 +200,17 @@ def run_composition(config: DictConfig) -> Path:
     Raises:
         VisionLowRankError: an option is wrong, or the world's files are missing or damaged.
     """
-    options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
-    world = WORLD if options["world"] is None else Path(options["world"]).resolve()
+    section: Any = OmegaConf.to_container(config.benchmark, resolve=True)
+    options = make_record(Options, section, "benchmark", ConfigError)
+    world = WORLD if options.world is None else Path(options.world).resolve()
     classifier = load_classifier(world / "classifier")
     concepts = sorted(path.stem for path in (world / "loras").glob("*.safetensors") if path.stem in HELD_OUT)
-    if len(concepts) < max(options["scenes"]):
+    if len(concepts) < max(options.scenes):
         raise ConfigError(f"{world / 'loras'} has LoRAs of {len(concepts)} held-out sprites; a scene needs more")
-    if unsized := set(options["scenes"]) - set(options["sizes"]):
-        raise ConfigError(
-            f"benchmark.sizes has no sizes of boxes for scenes of {', '.join(map(str, unsized))} concepts"
-        )
-    if strange := set(options["sheet"]) - set(options["variants"]):
-        raise ConfigError(f"benchmark.sheet names {', '.join(sorted(strange))}, which is no row of benchmark.variants")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     pipeline = load_base(str(world / "pipeline"), device=device)
-    drawn = draw_scenes(options["scenes"], options["sizes"], options["gap"], concepts, config.seed)
+    drawn = draw_scenes(options.scenes, options.sizes, options.gap, concepts, config.seed)
     folder = open_run(config, precision)
     jobs = _jobs(folder, drawn, world, options, pipeline)
     run_jobs(pipeline, [job for group in jobs.values() for job in group], device, config.devices, precision)
@@ -154,24 +220,22 @@ def run_composition(config: DictConfig) -> Path:
     return folder
 
 
-def _jobs(
-    folder: Path, drawn: Sequence[Drawn], world: Path, options: Mapping[str, Any], pipeline: Any
-) -> dict[str, list[Job]]:
+def _jobs(folder: Path, drawn: Sequence[Drawn], world: Path, options: Options, pipeline: Any) -> dict[str, list[Job]]:
     """Writes the scenes' files and returns what to compose, by row of the table."""
-    jobs: dict[str, list[Job]] = {name: [] for name in options["variants"]}
+    jobs: dict[str, list[Job]] = {name: [] for name in options.variants}
     for scene in drawn:
         path = folder / "scenes" / f"{scene.name}.yaml"
-        content = scene_content(scene, world, options["settings"], options["steps"], options["guidance_scale"])
+        content = scene_content(scene, world, options.settings, options.steps, options.guidance_scale)
         with atomic_path(path) as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False))
         loaded = load_scene(path)
-        for name, variant in options["variants"].items():
-            settings = make_settings({**options["settings"], **variant.get("settings", {})}, f"variant {name}")
-            planned = plan(variant.get("method", "composer"), loaded, pipeline, settings)
-            place = folder / name.replace(" ", "_")
+        for name, variant in options.variants.items():
+            settings = make_settings({**options.settings, **variant.settings}, f"variant {name}")
+            planned = plan(variant.method, loaded, pipeline, settings)
+            place = folder / _folder_name(name)
             job = Job(
-                *(place, scene.name, planned, SIDE, SIDE, options["image_seeds"]),
-                *(options["steps"], options["guidance_scale"]),
+                *(place, scene.name, planned, SIDE, SIDE, options.image_seeds),
+                *(options.steps, options.guidance_scale),
             )
             jobs[name].append(job)
     return jobs
@@ -193,7 +257,7 @@ def _report(
     drawn: Sequence[Drawn],
     jobs: Mapping[str, Sequence[Job]],
     outcomes: Mapping[str, Sequence[Sequence[Outcome]]],
-    options: Mapping[str, Any],
+    options: Options,
     concepts: Sequence[str],
 ) -> None:
     """Writes all that is made of the outcomes, and prints the table."""
@@ -205,7 +269,7 @@ def _report(
         chosen = np.array(counts) == count
         for name, arrays in values.items():
             shares = {key: mean_over_scenes(array[chosen]) for key, array in arrays.items()}
-            rows.append({"variant": name, "concepts": count, "images": int(chosen.sum()) * len(options["image_seeds"])})
+            rows.append({"variant": name, "concepts": count, "images": int(chosen.sum()) * len(options.image_seeds)})
             rows[-1] |= {f"{key}{part}": value for key, share in shares.items() for part, value in _parts(share)}
             rows[-1] |= _cost([job for job, used in zip(jobs[name], chosen, strict=True) if used])
             if name != first:
@@ -214,7 +278,7 @@ def _report(
                 differences.append({"variant": f"{first} - {name}", "concepts": count, **parts})
     write_csv(folder / "metrics.csv", rows)
     write_csv(folder / "differences.csv", differences)
-    write_csv(folder / "judged.csv", _lines(drawn, outcomes, options["image_seeds"]))
+    write_csv(folder / "judged.csv", _lines(drawn, outcomes, options.image_seeds))
     write_csv(folder / "confusion.csv", _confusions(drawn, outcomes, concepts))
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(markdown(rows))
@@ -291,14 +355,14 @@ def _confusions(
     return lines
 
 
-def _sheet(path: Path, drawn: Sequence[Drawn], jobs: Mapping[str, Sequence[Job]], options: Mapping[str, Any]) -> None:
+def _sheet(path: Path, drawn: Sequence[Drawn], jobs: Mapping[str, Sequence[Job]], options: Options) -> None:
     """Writes the first scenes of each number of concepts, each with its first seed."""
     numbers = [
         number
         for count in dict.fromkeys(len(scene.placed) for scene in drawn)
-        for number in [i for i, scene in enumerate(drawn) if len(scene.placed) == count][: options["sheet_scenes"]]
+        for number in [i for i, scene in enumerate(drawn) if len(scene.placed) == count][: options.sheet_scenes]
     ]
-    images = {name: [_read(jobs[name][number].images[0]) for number in numbers] for name in options["sheet"]}
+    images = {name: [_read(jobs[name][number].images[0]) for number in numbers] for name in options.sheet}
     save_sheet(path, images, [drawn[number].asked for number in numbers])
 
 

@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from vision_lowrank.data.image_tasks import TaskData
-from vision_lowrank.data.task_cards import HEADS
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.benchmark_rows import Key, Row, append_row, done, read_rows
 from vision_lowrank.evaluation.probes import choose_logistic, knn, knn_masks
@@ -29,11 +28,11 @@ from vision_lowrank.raster_data import Opened, Tasks, present_tasks
 from vision_lowrank.raster_encoders import encoder_maker, find_encoders, try_encoders, weights_name
 from vision_lowrank.raster_features import Features, count_gmacs, extract, weights_digest
 from vision_lowrank.raster_fitting import fit_raster
+from vision_lowrank.raster_options import check_options, check_tasks
 from vision_lowrank.results import report
 from vision_lowrank.runs import open_run, write_json
 
-PROTOCOLS = ("knn", "linear", "finetune", "adapter")
-# of protocols that train; the others need none
+# protocols that train the encoder
 TRAINED = ("finetune", "adapter")
 
 logger = logging.getLogger(__name__)
@@ -64,17 +63,19 @@ def run_raster_benchmark(config: DictConfig) -> Path:
         VisionLowRankError: an option is wrong, data are missing or damaged, or an encoder does not fit; found before
             anything is trained or written but what was fetched.
     """
-    options: Any = OmegaConf.to_container(config.benchmark, resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    options, asked = plain["benchmark"], plain["tasks"]
     device = choose_device(config.device)
     precision = choose_precision(config.precision, torch.device(device).type)
-    _check(options)
+    check_options(options)
     if config.devices != 1:
         raise ConfigError(
             f"devices={config.devices}: this benchmark computes on one; run tasks or seeds by commands of their own, "
             "each with its device=cuda:N, and give their tables to python -m vision_lowrank.results"
         )
     encoders = find_encoders(config, options)
-    tasks = Tasks(present_tasks(OmegaConf.to_container(config.tasks, resolve=True)), options)
+    check_tasks(asked)
+    tasks = Tasks(present_tasks(asked), options)
     neighbours = max(options["protocols"].get("knn", {}).get("neighbours", []), default=0)
     files = {}
     for name in tasks.tasks:
@@ -269,16 +270,6 @@ def _note_files(folder: Path, files: Mapping[str, Any]) -> None:
     if changed := [name for name, known in content["data"].items() if known != files.get(name)]:
         raise ConfigError(f"resume={folder}: its rows are of other files of {', '.join(changed)}; begin a new run")
     write_json(path, {**content, "data": files})
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    if strange := set(options["protocols"]) - set(PROTOCOLS):
-        raise ConfigError(f"benchmark.protocols has {', '.join(sorted(strange))}; it can have {', '.join(PROTOCOLS)}")
-    if not options["protocols"] or not options["seeds"]:
-        raise ConfigError("benchmark.protocols and benchmark.seeds need at least one entry each")
-    for name in TRAINED:
-        if (head := options["protocols"].get(name, {}).get("head")) not in (None, *HEADS):
-            raise ConfigError(f"benchmark.protocols.{name}.head is {head!r}; it can be {', '.join(HEADS)}, or null")
 
 
 def _head(options: Mapping[str, Any], protocol: str, opened: Opened) -> str:

@@ -87,15 +87,23 @@ class _Builder:
             for option in arguments:
                 if option in (int, str) and type(value) is option:
                     return value
-            return self.build(next(option for option in arguments if option is not type(None)), value, key)
+            only = next(option for option in arguments if option is not type(None))
+            if get_origin(only) is Literal and value not in get_args(only):
+                choices = ", ".join(map(str, get_args(only)))
+                raise self.error(f"{self.where}: {key} is {value!r}; it can be {choices}, or null")
+            return self.build(only, value, key)
         if origin is tuple:
             if not isinstance(value, list):
                 raise wrong()
             return tuple(self.build(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
         if origin is dict:
-            if not isinstance(value, Mapping):
+            counted = arguments[0] is int
+            if not isinstance(value, Mapping) or (counted and any(type(name) is not int for name in value)):
                 raise wrong()
-            return {str(name): self.build(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+            return {
+                name if counted else str(name): self.build(arguments[1], item, f"{key}.{name}")
+                for name, item in value.items()
+            }
         if origin is Literal:
             if value not in arguments:
                 choices = " or ".join(map(str, arguments))
@@ -137,6 +145,8 @@ def describe(hint: Any) -> str:
     if origin in (tuple, list, Sequence):
         counted = origin is tuple and arguments[1:] not in ((), (...,))
         return f"a list of {len(arguments)}" if counted else "a list"
+    if origin is dict and arguments[:1] == (int,):
+        return "a mapping by whole numbers"
     names = {
         dict: "a mapping",
         Mapping: "a mapping",

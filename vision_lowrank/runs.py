@@ -23,7 +23,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vision_lowrank.argument_types import fits
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.records import describe
 
 # there is no asking for it without setting it
 _UMASK = os.umask(0o077)
@@ -198,6 +200,21 @@ def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]
     with atomic_path(folder / "config.yaml") as temporary:
         OmegaConf.save(config, temporary, resolve=True)
     return folder
+
+
+def check_command(config: DictConfig) -> None:
+    """Refuses values that no command could work with, of the options that commands share and this one has.
+
+    Raises:
+        ConfigError: `name`, `runs_root`, `device` or `resume` is no text, or `seed` or `devices` is no whole number or
+            too small.
+    """
+    for name, hint in {"name": str, "runs_root": str, "device": str, "resume": str | None}.items():
+        if name in config and not fits(hint, config[name]):
+            raise ConfigError(f"{name}={config[name]} is not {describe(hint)}")
+    for name, least in {"seed": 0, "devices": 1}.items():
+        if name in config and (type(config[name]) is not int or config[name] < least):
+            raise ConfigError(f"{name}={config[name]}: give a whole number from {least} up")
 
 
 def open_run(config: DictConfig, precision: str) -> Path:

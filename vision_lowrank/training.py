@@ -15,7 +15,7 @@ from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.tables import RunResult, console_table, markdown_table
 from vision_lowrank.pretraining_run import report_pretraining, run_pretraining
-from vision_lowrank.runs import atomic_path, checked_seeds, process_rank
+from vision_lowrank.runs import atomic_path, check_command, checked_seeds, process_rank
 from vision_lowrank.scene_run import run_scene
 from vision_lowrank.sprite_classifier_run import run_classifier
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
@@ -53,6 +53,7 @@ def train(config: DictConfig) -> list[RunResult]:
     """
     if unknown := [str(key) for key in config if key not in KEYS]:
         raise ConfigError(f"unknown key {', '.join(unknown)} in the experiment; keys: {', '.join(KEYS)}")
+    check_command(config)
     if config.regime not in ("full", "probe", "adapt"):
         raise ConfigError(f"regime={config.regime!r}: it can be full, probe or adapt")
     _check_lengths(config)

@@ -16,8 +16,12 @@ from torch.utils.data import DataLoader
 
 from vision_lowrank.composer.methods import Plan
 from vision_lowrank.composer.render import decode, draw_noise, seeded
+from vision_lowrank.errors import ConfigError
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.runs import atomic_path, write_json
+
+# timesteps that models of diffusion are trained with
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,23 @@ class Composition(L.LightningModule):
         facts = {"seeds": list(job.seeds), "seconds": seconds, "peak_megabytes": memory.megabytes, "losses": losses}
         write_json(job.record, facts)
         return number
+
+
+def check_sampling(where: str, steps: Any, guidance_scale: Any) -> None:
+    """Refuses numbers that no sampling could be done with.
+
+    Args:
+        where: what they belong to, for messages.
+        steps: of sampling.
+        guidance_scale: of guidance without a classifier.
+
+    Raises:
+        ConfigError: the steps are no whole number from 1 to `MOST_STEPS`, or the scale is no finite number.
+    """
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"{where}: steps={steps}: give a whole number from 1 to {MOST_STEPS}")
+    if type(guidance_scale) not in (int, float) or not math.isfinite(guidance_scale):
+        raise ConfigError(f"{where}: guidance_scale={guidance_scale}: give a finite number")
 
 
 def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, precision: str = "32-true") -> None:
