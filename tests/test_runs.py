@@ -153,3 +153,25 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
     assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
     with pytest.raises(ConfigError, match=r"that run differs in data\.card, data\.whiten, seed, task\.rate; give"):
         runs.resumed_run(configuration(data={"card": "b", "whiten": True}, task={"rate": 2}, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "???", "twice": "${weights}"}, "^weights not given; the command needs it$"),
+        ({"a": {"b": "???"}, "c": "???"}, r"^a\.b, c not given; the command needs them$"),
+        ({"weights": 2024}, r"^weights=2024 is not a text; for a name of digits write \"weights='2024'\"$"),
+        ({"weights": ["run"]}, r"^weights=\['run'\] is not a text$"),
+        ({"maps": 1.5}, "^maps=1.5 is not a text or null; for"),
+        ({"seed": True}, "^seed=True: give a whole number from 0 up$"),
+        ({"devices": 0}, "^devices=0: give a whole number from 1 up$"),
+    ],
+)
+def test_options_that_a_command_cannot_work_with(options, message):
+    with pytest.raises(ConfigError, match=message):
+        runs.check_command(OmegaConf.create(options), weights=str, maps=str | None)
+
+
+def test_options_that_a_command_can_work_with():
+    given = {"weights": "run", "maps": None, "name": "a", "resume": None, "seed": 0, "devices": 2, "other": 3}
+    runs.check_command(OmegaConf.create(given), weights=str, maps=str | None)

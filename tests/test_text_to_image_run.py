@@ -216,3 +216,24 @@ def test_wrong_options_end_before_work(run, base, root, tmp_path):
     with pytest.raises(CheckpointError, match="not of this task"):
         run("sprites_base", *TINY, f"ckpt_path={tmp_path}/other.ckpt")
     assert len(list((root / "sprites_base").iterdir())) == runs
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("samples.every=0", r"samples\.every is 0; give at least 1"),
+        ("samples.each=abc", "samples: each is 'abc', which is not a whole number"),
+        ("samples.prompts=dog", "samples: prompts is 'dog', which is not a list"),
+        ("samples.prompts=[]", r"samples\.prompts is empty"),
+        ("samples.classifier=3", "samples: classifier is 3, which is not a text"),
+        ("adapter.method=lora", "adapter: method is 'lora', which is not a mapping"),
+        ("adapter.unet=[1]", r"adapter: unet\[0\] is 1, which is not a text"),
+        ("adapter.text_encoder=null", "adapter: text_encoder is None, which is not a list"),
+    ],
+)
+def test_values_of_another_kind_end_before_work(run, root, override, message):
+    folder = root / "sprites_lora"
+    runs = set(folder.iterdir()) if folder.exists() else set()
+    with pytest.raises(ConfigError, match=message):
+        run("sprites_lora", "concept=fox", override)
+    assert (set(folder.iterdir()) if folder.exists() else set()) == runs

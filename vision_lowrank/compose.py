@@ -37,7 +37,7 @@ def run(config: DictConfig) -> Path:
     Raises:
         VisionLowRankError: a scene, its LoRAs, the base model or an option is wrong.
     """
-    check_command(config)
+    check_command(config, settings=Mapping[str, Any] | None)
     names = list(config.scene) if isinstance(config.scene, ListConfig) else [config.scene]
     scenes = [load_scene(name) for name in names]
     if len({scene.name for scene in scenes}) < len(scenes) or len({scene.base for scene in scenes}) > 1:

@@ -21,7 +21,7 @@ from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.predictors import WindowPredictor
-from vision_lowrank.runs import atomic_path, write_json
+from vision_lowrank.runs import atomic_path, check_command, write_json
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # of the extra `onnx`
@@ -94,6 +94,7 @@ def export(config: DictConfig) -> list[Path]:
         VisionLowRankError: run or option is wrong, a package is missing, or the graph computes something else.
         OSError: a file cannot be written.
     """
+    check_command(config, weights=str, out=str)
     out = Path(config.out)
     if out.suffix not in (".onnx", ".pt2") or out.is_dir():
         raise ConfigError(f"out={out}: give the name of a file ending in .onnx or .pt2")

@@ -20,6 +20,7 @@ from vision_lowrank.plots.rasters import NODATA
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.prediction_files import Grid, Parts, write_geotiff
 from vision_lowrank.predictors import Predictor, make_predictor
+from vision_lowrank.runs import check_command
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # least height of a window in pixels; what is read twice for the margins of windows shrinks with it
@@ -50,6 +51,7 @@ def predict(config: DictConfig) -> list[Path]:
     begun = time.perf_counter()
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} not given; the command takes weights=RUN scene=SCENE out=MAP.tif")
+    check_command(config, weights=str, scene=str, out=str, probabilities=str | None, root=str)
     out, probabilities = _outputs(config)
     run = load_run(config.weights)
     stream = open_stream(config.scene, config.root)

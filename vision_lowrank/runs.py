@@ -202,16 +202,26 @@ def start_run(config: DictConfig, precision: str, data_hashes: Mapping[str, str]
     return folder
 
 
-def check_command(config: DictConfig) -> None:
-    """Refuses values that no command could work with, of the options that commands share and this one has.
+def check_command(config: DictConfig, **own: Any) -> None:
+    """Refuses options of a command that are missing, or of a kind that it could not work with.
+
+    Args:
+        config: the command's.
+        own: annotations of options by name, beside those that commands share: `name`, `runs_root`, `device` and
+            `resume`, texts, and `seed` and `devices`, whole numbers.
 
     Raises:
-        ConfigError: `name`, `runs_root`, `device` or `resume` is no text, or `seed` or `devices` is no whole number or
-            too small.
+        ConfigError: an option is not given or not as annotated, or a number is too small.
     """
-    for name, hint in {"name": str, "runs_root": str, "device": str, "resume": str | None}.items():
+    # omegaconf's own list of them stumbles over what refers to one of them
+    plain: Any = OmegaConf.to_container(config)
+    if missing := sorted(name for name, value in _flat(plain).items() if value == "???"):
+        raise ConfigError(f"{', '.join(missing)} not given; the command needs {'them' if missing[1:] else 'it'}")
+    for name, hint in {"name": str, "runs_root": str, "device": str, "resume": str | None, **own}.items():
         if name in config and not fits(hint, config[name]):
-            raise ConfigError(f"{name}={config[name]} is not {describe(hint)}")
+            number = type(config[name]) in (int, float)
+            remedy = f"; for a name of digits write \"{name}='{config[name]}'\"" if number else ""
+            raise ConfigError(f"{name}={config[name]} is not {describe(hint)}{remedy}")
     for name, least in {"seed": 0, "devices": 1}.items():
         if name in config and (type(config[name]) is not int or config[name] < least):
             raise ConfigError(f"{name}={config[name]}: give a whole number from {least} up")

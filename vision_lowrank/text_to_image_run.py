@@ -4,6 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.checkpoints import checkpoints, read_checkpoint
 from vision_lowrank.data.sprite_modules import to_tensor
 from vision_lowrank.data.sprites import (
@@ -27,11 +29,13 @@ from vision_lowrank.data.sprites import (
     vocabulary,
     with_article,
 )
+from vision_lowrank.errors import ConfigError
 from vision_lowrank.fitting import make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.precision import choose_precision
+from vision_lowrank.records import make_record
 from vision_lowrank.runs import atomic_folder, atomic_path, process_rank, resumed_run, start_run, write_csv, write_json
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
@@ -41,6 +45,30 @@ logger = logging.getLogger(__name__)
 COLUMNS = 8
 # the world of sprites that comes with the project: pipeline, loras/CONCEPT.safetensors, classifier
 WORLD = Path(__file__).resolve().parent / "assets" / "sprites"
+
+
+@dataclass(frozen=True)
+class SpriteAdapter:
+    """The section `adapter`, see configs/adapter/sprite_lora.yaml: what makes the method, and each network's layers."""
+
+    method: dict[str, Any]
+    unet: tuple[str, ...]
+    text_encoder: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """The section `samples`, see configs/experiment/sprites_base.yaml."""
+
+    every: int
+    classifier: str | None
+    each: int
+    prompts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_least(1, **{"samples.every": self.every, "samples.each": self.each})
+        if not self.prompts:
+            raise ConfigError("samples.prompts is empty; give at least one")
 
 
 class Samples(Callback):
@@ -105,10 +133,12 @@ def run_text_to_image(config: DictConfig) -> Path:
         VisionLowRankError: anything that the user can mend; what can be checked before work starts is.
     """
     L.seed_everything(config.seed, workers=True, verbose=False)
+    section: Any = OmegaConf.to_container(config, resolve=True)
+    samples = make_record(SampleOptions, section["samples"], "samples", ConfigError)
     precision = choose_precision(config.trainer.precision, config.trainer.accelerator)
     if config.ckpt_path is not None:
         read_checkpoint(config.ckpt_path, "min_snr")
-    classifier = None if config.samples.classifier is None else load_classifier(config.samples.classifier)
+    classifier = None if samples.classifier is None else load_classifier(samples.classifier)
     data: L.LightningDataModule = instantiate(config.data)
     concept = config.get("concept")
     pipeline = _build(config) if concept is None else _prepare(config, concept)
@@ -119,7 +149,7 @@ def run_text_to_image(config: DictConfig) -> Path:
         folder = start_run(config, precision, {SHEET.name: hashlib.sha256(SHEET.read_bytes()).hexdigest()})
     else:
         folder = resumed_run(config)
-    seconds = _fit(config, task, data, folder, precision)
+    seconds = _fit(config, samples, task, data, folder, precision)
     if process_rank() > 0:
         return folder
     result = task.averaged_pipeline()
@@ -132,7 +162,7 @@ def run_text_to_image(config: DictConfig) -> Path:
         asked = {concept: concept_words(concept)}
     recognised = None
     if classifier is not None:
-        recognised = recognise(result, classifier, asked, config.samples.each, precision)
+        recognised = recognise(result, classifier, asked, samples.each, precision)
         logger.info("recognised: %s", ", ".join(f"{name} {share:.2f}" for name, share in recognised.items()))
     if concept is None:
         # last, since it changes the networks' precision
@@ -212,18 +242,27 @@ def _prepare(config: DictConfig, concept: str) -> Any:
     from vision_lowrank.composer.concept import teach
     from vision_lowrank.composer.render import load_base
 
+    section: Any = OmegaConf.to_container(config.adapter, resolve=True)
+    adapter = make_record(SpriteAdapter, section, "adapter", ConfigError)
     pipeline = load_base(str(config.base or WORLD / "pipeline"))
-    targets = {part: list(config.adapter[part]) for part in ("unet", "text_encoder")}
-    teach(pipeline, concept_tokens(concept), HELD_OUT[concept], instantiate(config.adapter.method), **targets)
+    targets = {"unet": adapter.unet, "text_encoder": adapter.text_encoder}
+    teach(pipeline, concept_tokens(concept), HELD_OUT[concept], instantiate(adapter.method), **targets)
     return pipeline
 
 
-def _fit(config: DictConfig, task: TextToImage, data: L.LightningDataModule, folder: Path, precision: str) -> float:
+def _fit(
+    config: DictConfig,
+    samples: SampleOptions,
+    task: TextToImage,
+    data: L.LightningDataModule,
+    folder: Path,
+    precision: str,
+) -> float:
     """Trains, or goes on with training, and returns the seconds it took."""
     # the best too: weights that training spoils can be had back
     kept = checkpoints(folder, "train/loss", "min")
     trainer = make_trainer(
-        config, precision, [Samples(folder, list(config.samples.prompts), config.samples.every), *kept],
+        config, precision, [Samples(folder, samples.prompts, samples.every), *kept],
         reload_dataloaders_every_n_epochs=1,
     )  # fmt: skip
     started = time.perf_counter()

@@ -171,6 +171,7 @@ def test_wrong_scenes_are_refused_before_a_run(folder, scene, configure, tmp_pat
         ("guidance_scale=abc", "guidance_scale=abc: give a finite number"),
         ("devices=0", "devices=0: give a whole number"),
         ("device=tpu", "device=tpu: not to be had here"),
+        ("settings=abc", "settings=abc is not a mapping or null"),
         ("+settings.enhancement=off", "settings: enhancement is 'off', which is not true or false"),
         ("+settings.fill=3", "settings: fill is 3, which is not true or false"),
         ("+settings.constants=5", "constants is 5; give the name of a preset"),
