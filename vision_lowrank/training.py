@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +54,13 @@ def train(config: DictConfig) -> list[RunResult]:
     """
     if unknown := [str(key) for key in config if key not in KEYS]:
         raise ConfigError(f"unknown key {', '.join(unknown)} in the experiment; keys: {', '.join(KEYS)}")
-    check_command(config)
+    check_command(
+        config,
+        base=str | None,
+        ckpt_path=str | None,
+        compile=bool,
+        baselines=Mapping[str, Mapping[str, Any] | None] | None,
+    )
     if config.regime not in ("full", "probe", "adapt"):
         raise ConfigError(f"regime={config.regime!r}: it can be full, probe or adapt")
     _check_lengths(config)

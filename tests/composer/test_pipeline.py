@@ -6,7 +6,7 @@ import torch
 
 from vision_lowrank.composer.render import load_base
 from vision_lowrank.data.sprites import SPRITES, vocabulary
-from vision_lowrank.errors import CheckpointError
+from vision_lowrank.errors import CheckpointError, ConfigError
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -95,3 +95,20 @@ def test_missing_and_damaged_folders_are_refused(pipeline, tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"layers": 0}, "layers is 0; give at least 1"),
+        ({"text_layers": -1}, "text_layers is -1; give at least 1"),
+        ({"length": 2}, "length is 2; give at least 3"),
+        ({"channels": []}, r"channels=\[\]: give numbers"),
+        ({"channels": [64, 80]}, r"channels=\[64, 80\]: give numbers that groups=32 and heads=4 divide"),
+        ({"channels": [64, 96], "heads": 5}, "and heads=5 divide"),
+        ({"text_width": 130}, "text_width=130: give a number that text_heads=4 divides"),
+    ],
+)
+def test_sizes_that_make_no_pipeline_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_pipeline(["a", "dog"], **sizes)

@@ -77,3 +77,9 @@ def test_saved_model_is_the_same(tmp_path):
     assert model(crops).shape == (2, 4)
     with pytest.raises(ConfigError, match=r"crops are \(1, 3, 16, 16\)"):
         model(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("width", [0, -8, 12])
+def test_a_width_that_does_not_divide_into_groups_is_refused(width):
+    with pytest.raises(ConfigError, match=f"width={width}: give a multiple of 8"):
+        SpriteClassifier(["dog"], width)

@@ -15,6 +15,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from vision_lowrank.argument_types import check_least
+from vision_lowrank.errors import ConfigError
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -97,7 +100,18 @@ def build_pipeline(
         text_width: width of the text encoder.
         text_layers: its depth.
         text_heads: of its attention.
+
+    Raises:
+        ConfigError: a size is too small, or does not divide into heads or groups.
     """
+    # a prompt is a word between start and end
+    check_least(3, length=length)
+    check_least(1, layers=layers, heads=heads, groups=groups)
+    check_least(1, text_width=text_width, text_layers=text_layers, text_heads=text_heads)
+    if not channels or any(width < 1 or width % groups or width % heads for width in channels):
+        raise ConfigError(f"channels={list(channels)}: give numbers that groups={groups} and heads={heads} divide")
+    if text_width % text_heads:
+        raise ConfigError(f"text_width={text_width}: give a number that text_heads={text_heads} divides")
     tokenizer = build_tokenizer(words, length)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(

@@ -13,6 +13,8 @@ from vision_lowrank.errors import ConfigError
 
 # height and width that every part is brought to
 CROP = 32
+# of its normalisation
+GROUPS = 8
 # crops judged together: more do not fit the caches of a CPU, and take twice the time
 AT_ONCE = 32
 # sides of the windows in which sprites are looked for, as shares of the picture's, and their distance as share of them
@@ -34,16 +36,21 @@ class SpriteClassifier(nn.Module, PyTorchModelHubMixin, library_name="vision-low
 
     Args:
         names: of the sprites.
-        width: channels at 32 pixels.
+        width: channels at 32 pixels, a multiple of eight.
+
+    Raises:
+        ConfigError: it is none.
     """
 
     def __init__(self, names: Sequence[str], width: int = 24) -> None:
         super().__init__()
+        if width < GROUPS or width % GROUPS:
+            raise ConfigError(f"width={width}: give a multiple of {GROUPS}")
         self.names = list(names)
         layers: list[nn.Module] = []
         for before, after, stride in ((3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
             for first, second, step in ((before, after, stride), (after, after, 1)):
-                layers += [nn.Conv2d(first, second, 3, step, 1), nn.GroupNorm(8, second), nn.GELU()]
+                layers += [nn.Conv2d(first, second, 3, step, 1), nn.GroupNorm(GROUPS, second), nn.GELU()]
         self.features = nn.Sequential(*layers)
         # keeps a coarse layout, by which a sprite differs from its parts
         self.head = nn.Linear(4 * width * 16, len(self.names) + 1)
