@@ -290,7 +290,7 @@ def test_the_map_that_training_leaves_is_that_of_patches_by_themselves(options, 
     assert np.mean(found.argmax(1) == own.flat) > 0.995
 
 
-@pytest.mark.parametrize("adapter", ["lora", "gated_lora"])
+@pytest.mark.parametrize("adapter", ["lora", "gated_lora", "dora", "pissa"])
 def test_a_run_of_adapters(adapter, scene, tmp_path):
     short = ["regime=adapt", f"adapter={adapter}", "pretraining.epochs=1", "trainer.max_epochs=2"]
     run = run_of(scene, tmp_path, *PIXELS, *short)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from yaml import YAMLError
 
 from vision_lowrank.adapters import load_adapter, merge_and_remove
+from vision_lowrank.adapters.peft_methods import load_peft
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.cards import DatasetCard, load_card
 from vision_lowrank.data.preprocessing import ScenePreprocessor
@@ -23,9 +24,12 @@ from vision_lowrank.errors import AdapterError, CheckpointError, DataError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.saved import load_saved
+from vision_lowrank.tasks.adapter_training import PeftAdapter
 
 NEEDED = ("config.yaml", "preprocessing.safetensors", "model/config.json", "model/model.safetensors")
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+# what a configuration calls a method of peft
+PEFT_ADAPTER = f"{PeftAdapter.__module__}.{PeftAdapter.__name__}"
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,14 @@ def load_run(folder: str | Path) -> TrainedRun:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         data, regime, inputs = config["data"], config["regime"], config["task"].get("inputs", ["image"])
         card, root = data["card"], data["root"]
+        from_peft = regime == "adapt" and config["adapter"]["method"]["_target_"] == PEFT_ADAPTER
     except (YAMLError, OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"weights {folder}: config.yaml is not that of a run on a scene ({error!r}); give a folder of train.py"
         ) from error
     if regime == "adapt":
         _require(folder, ADAPTER)
-    model = _load_model(folder, regime == "adapt")
+    model = _load_model(folder, regime == "adapt", from_peft)
     try:
         preprocessor = ScenePreprocessor.from_state(load_file(folder / "preprocessing.safetensors"))
     except (SafetensorError, DataError) as error:
@@ -97,7 +102,7 @@ def _require(folder: Path, names: tuple[str, ...]) -> None:
         )
 
 
-def _load_model(folder: Path, adapted: bool) -> LolaSpecViT | LessSegmentation:
+def _load_model(folder: Path, adapted: bool, from_peft: bool) -> LolaSpecViT | LessSegmentation:
     place = folder / "model"
     try:
         settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -108,7 +113,9 @@ def _load_model(folder: Path, adapted: bool) -> LolaSpecViT | LessSegmentation:
         raise CheckpointError(
             f"weights {place}: cannot be loaded as LoLA-SpecViT or LESS ViT segmentation ({error}); give a run of one"
         ) from error
-    if adapted:
+    if from_peft:
+        model = load_peft(model, folder / "adapter")
+    elif adapted:
         load_adapter(model, folder / "adapter")
         # a gate depends on the input, so there is no weight to fold it into
         with contextlib.suppress(AdapterError):

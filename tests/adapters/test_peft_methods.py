@@ -1,6 +1,7 @@
 """Methods that come from peft by name: each against its formula, on a small ViT and on convolutions; refusals."""
 
 import copy
+import json
 import math
 import re
 import subprocess
@@ -12,10 +13,11 @@ import pytest
 import timm
 import torch
 from adapter_zoo import perturb
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vision_lowrank import adapters
-from vision_lowrank.adapters.peft_methods import PEFT_METHODS, inject_peft
+from vision_lowrank.adapters.peft_methods import PEFT_METHODS, inject_peft, load_peft
 from vision_lowrank.errors import AdapterError
 
 RANK = 4
@@ -223,6 +225,9 @@ def test_folder_of_peft(name, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(again(IMAGES), expected, rtol=0, atol=1e-5 if name in REWRITES_BASE else 0)
+    merged = load_peft(copy.deepcopy(base), tmp_path).eval()
+    assert {path for path, _ in merged.named_modules()} == {path for path, _ in base.named_modules()}
+    torch.testing.assert_close(merged(IMAGES), expected, rtol=0, atol=2e-5)
     # what is plain LoRA is read by our own core, the rest is refused there
     if name in LORA_LIKE and name not in {"dora", *REWRITES_BASE}:
         adapters.load_adapter(base, tmp_path)
@@ -230,6 +235,46 @@ def test_folder_of_peft(name, tmp_path):
     else:
         with pytest.raises(AdapterError, match=r"with peft|merge it there|from peft"):
             adapters.load_adapter(base, tmp_path)
+
+
+def without(name):
+    """Function that takes the entries out whose name holds this."""
+
+    def change(folder):
+        path = folder / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if name not in key}, path)
+
+    return change
+
+
+def configured(**changes):
+    """Function that changes the file of settings."""
+
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without("blocks.1.attn.proj.lora_B"), r"1 entries differ .*blocks\.1\.attn\.proj\.lora_B\.weight is missing"),
+        (without("head.weight"), r"head\.weight is missing"),
+        (configured(target_modules=["proj"]), r"entries differ .*is not of this model"),
+        (configured(r=3), "no adapters of peft for this model"),
+        (configured(peft_type="PROMPT_TUNING"), "no adapters of peft|which is none of"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "no adapters of peft for this model"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 40), "no adapters of peft for this"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapters of peft for this model"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused(spoil, message, tmp_path):
+    adapt("dora", train="head").save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        load_peft(make_vit(), tmp_path)
 
 
 def test_start_values():

@@ -23,9 +23,11 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
@@ -206,6 +208,40 @@ def inject_peft(
             show_progress_bar=False,
         )
     return adapted.train(training)
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Returns the model with adapters of a folder of peft merged into its weights, and the modules trained with them.
+
+    Args:
+        model: the very one that the adapters were put on, without them; it is changed.
+        folder: written by `save_pretrained` of what `inject_peft` returns; has `adapter_config.json` and
+            `adapter_model.safetensors`.
+
+    Raises:
+        AdapterError: the folder is of no method here, damaged, or of another model.
+    """
+    import peft
+
+    folder = Path(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        known = {tuner.config for tuner in PEFT_METHODS.values()}
+        if type(config).__name__ not in known:
+            raise AdapterError(f"{folder}: a {type(config).__name__}, which is none of {', '.join(sorted(known))}")
+        adapted = peft.get_peft_model(model, config)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            given = set(file.keys())
+        # peft itself leaves random what the file lacks
+        if wrong := sorted(given ^ peft.get_peft_model_state_dict(adapted).keys()):
+            which = "is not of this model" if wrong[0] in given else "is missing"
+            raise AdapterError(f"{folder}: {len(wrong)} entries differ from the model's; {wrong[0]} {which}")
+        adapted.load_adapter(str(folder), "default")
+        merged: nn.Module = adapted.merge_and_unload()
+    # peft tells what is wrong with a folder by all of these
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: no adapters of peft for this model ({error}); train them anew") from error
+    return merged
 
 
 def _find_tuner(name: str) -> PeftMethod:
