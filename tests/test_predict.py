@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -518,33 +517,6 @@ def test_a_folder_that_cannot_be_written_to_ends_the_command_before_work(pixel_r
         predict(pixel_run, source, tmp_path / "file" / "map.tif")
 
 
-# runs in a process of its own, whose memory is its own; a small file gets as much smaller windows
-CHILD = """
-    import sys
-    from pathlib import Path
-
-    import torch
-    from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-    from vision_lowrank import predict as command
-    from vision_lowrank.console import run_as_command
-    from vision_lowrank.data import streams
-    from vision_lowrank.memory import PeakMemory
-
-    configs, size, *overrides = sys.argv[1:]
-    share = min(1.0, int(size) / 14.4e9)
-    streams.WINDOW_BYTES = max(8 << 20, int(share * streams.WINDOW_BYTES))
-    streams.BLOCK_CACHE = max(8, int(share * streams.BLOCK_CACHE))
-    with initialize_config_dir(configs, version_base="1.3"):
-        config = compose("predict", overrides)
-    with PeakMemory(torch.device("cpu")) as memory:
-        run_as_command(lambda: command.predict(config))
-    lines = Path("/proc/self/status").read_text().splitlines()
-    print(memory.megabytes, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6)
-"""
-
-
 @pytest.mark.slow
 def test_a_file_larger_than_memory_is_killed_and_goes_on(scene, tmp_path):
     """Size by LARGE_SCENE=6000x6000x100 (ten minutes and more); memory may not grow with it, and stays below 2 GB."""
@@ -576,7 +548,8 @@ def test_a_file_larger_than_memory_is_killed_and_goes_on(scene, tmp_path):
         f"out={tmp_path / 'map.tif'}",
         "precision=32-true",
     ]
-    start = [sys.executable, "-c", textwrap.dedent(CHILD), str(REPOSITORY / "configs/predict"), str(cube), *arguments]
+    # in a process of its own, whose memory is its own
+    start = [sys.executable, str(REPOSITORY / "tests/large_prediction.py"), str(cube), *arguments]
     parts = tmp_path / ".map.parts"
     with subprocess.Popen(start, cwd=REPOSITORY) as first:
         while first.poll() is None and len(list(parts.glob("0*.npz"))) < 3:
