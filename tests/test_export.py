@@ -197,3 +197,10 @@ def test_wrong_options(repository, tmp_path, patches, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else sys)
     with pytest.raises(ConfigError, match=r"onnxscript not installed; pip install .* or give a \.pt2"):
         export(repository, patches[0], tmp_path / "model.onnx")
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_work(repository, tmp_path, patches, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(command, "trace", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        export(repository, patches[0], tmp_path / "file" / "model.pt2")

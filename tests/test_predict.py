@@ -515,6 +515,8 @@ def test_a_folder_that_cannot_be_written_to_ends_the_command_before_work(pixel_r
     monkeypatch.setattr(command, "read_scaled", lambda *_: pytest.fail("work has started"))
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         predict(pixel_run, source, tmp_path / "file" / "map.tif")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        predict(pixel_run, source, tmp_path / "map.tif", f"probabilities={tmp_path / 'file' / 'probabilities.tif'}")
 
 
 @pytest.mark.slow

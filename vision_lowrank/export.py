@@ -21,7 +21,7 @@ from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.predictors import WindowPredictor
-from vision_lowrank.runs import atomic_path, check_command, write_json
+from vision_lowrank.runs import atomic_path, check_command, check_writable, write_json
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # of the extra `onnx`
@@ -103,6 +103,7 @@ def export(config: DictConfig) -> list[Path]:
             f"out={out}: {', '.join(missing)} not installed; pip install 'vision-lowrank[onnx]', or give a .pt2"
         )
     run = load_run(config.weights)
+    check_writable(out)
     # with gradients wanted, tracing and ONNX take different kernels for attention, whose results lie otherwise
     model = ScaledModel(run).eval().requires_grad_(False)
     program = trace(model, len(run.bands))

@@ -20,7 +20,7 @@ from vision_lowrank.plots.rasters import NODATA
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.prediction_files import Grid, Parts, write_geotiff
 from vision_lowrank.predictors import Predictor, make_predictor
-from vision_lowrank.runs import check_command
+from vision_lowrank.runs import check_command, check_writable
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # least height of a window in pixels; what is read twice for the margins of windows shrinks with it
@@ -86,6 +86,8 @@ def predict(config: DictConfig) -> list[Path]:
         "precision": precision,
         "windows": [len(windows), side],
     }
+    if probabilities is not None:
+        check_writable(probabilities)
     parts = Parts(out, identity)
     _fill(parts, run, stream, channels, predictor, grid, config.what, probabilities is not None)
     written = _write(parts, run, predictor, grid, config.what, out, probabilities)

@@ -73,14 +73,14 @@ def load_run(folder: str | Path) -> TrainedRun:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         data, regime, inputs = config["data"], config["regime"], config["task"].get("inputs", ["image"])
         card, root = data["card"], data["root"]
-        from_peft = regime == "adapt" and config["adapter"]["method"]["_target_"] == PEFT_ADAPTER
+        method = config.get("adapter", {}).get("method", {}).get("_target_")
     except (YAMLError, OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"weights {folder}: config.yaml is not that of a run on a scene ({error!r}); give a folder of train.py"
         ) from error
     if regime == "adapt":
         _require(folder, ADAPTER)
-    model = _load_model(folder, regime == "adapt", from_peft)
+    model = _load_model(folder, regime == "adapt", method == PEFT_ADAPTER)
     try:
         preprocessor = ScenePreprocessor.from_state(load_file(folder / "preprocessing.safetensors"))
     except (SafetensorError, DataError) as error:
@@ -102,7 +102,7 @@ def _require(folder: Path, names: tuple[str, ...]) -> None:
         )
 
 
-def _load_model(folder: Path, adapted: bool, from_peft: bool) -> LolaSpecViT | LessSegmentation:
+def _load_model(folder: Path, adapted: bool, by_peft: bool) -> LolaSpecViT | LessSegmentation:
     place = folder / "model"
     try:
         settings = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def _load_model(folder: Path, adapted: bool, from_peft: bool) -> LolaSpecViT | L
         raise CheckpointError(
             f"weights {place}: cannot be loaded as LoLA-SpecViT or LESS ViT segmentation ({error}); give a run of one"
         ) from error
-    if from_peft:
+    if adapted and by_peft:
         model = load_peft(model, folder / "adapter")
     elif adapted:
         load_adapter(model, folder / "adapter")
