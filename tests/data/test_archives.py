@@ -243,6 +243,9 @@ def tar_type(kind, target="/etc/passwd"):
         (tar_bytes(change=tar_type(tarfile.CHRTYPE)), r"two\.tif is a link, a device"),
         (tar_bytes("w:xz", {"set/bomb.tif": bytes(100_000)}), r"the archive grows from \d+ to over 99999 bytes"),
         (tar_bytes(change=lambda m: setattr(m, "name", "set/same")), "set/same is in it twice"),
+        # read into memory whole, whatever it grows to
+        (tar_bytes("w:gz", change=lambda m: m.pax_headers.update(comment="x" * 2**21)), "bytes of text about a member"),
+        (tar_bytes("w:xz", change=lambda m: setattr(m, "name", "x" * 2**21)), "bytes of text about a member"),
     ],
 )
 def test_hostile_tar_members_are_refused_before_anything_is_written(tmp_path, data, message, monkeypatch):

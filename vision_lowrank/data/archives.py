@@ -42,6 +42,11 @@ DAMAGED = (
 LARGEST_RATIO = 200
 SMALL_BYTES = 64 << 20
 COPY_BYTES = 1 << 20
+# long names and other text about a member of a tar archive, which `tarfile` reads into memory whole
+LONGEST_TEXT = 1 << 20
+TEXT_TYPES = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
 class Store(ABC):
@@ -241,6 +246,22 @@ class FolderStore(Store):
         return (self._folder / name).open("rb")
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar archive whose texts have bounds."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        """Reads a header.
+
+        Raises:
+            ValueError: it is of a text longer than `LONGEST_TEXT`.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in TEXT_TYPES and header.size > LONGEST_TEXT:
+            raise ValueError(f"{header.size} bytes of text about a member")
+        return header
+
+
 def unpack_tar(parts: Sequence[Path]) -> Path:
     """Unpacks a .tar, .tar.gz or .tar.xz archive beside itself, once, and returns the folder.
 
@@ -270,7 +291,7 @@ def _unpack(parts: Sequence[Path], target: Path) -> None:
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir()
-        with io.BufferedReader(JoinedFile(parts)) as file, tarfile.open(fileobj=file) as archive:
+        with io.BufferedReader(JoinedFile(parts)) as file, tarfile.open(fileobj=file, tarinfo=_Member) as archive:
             for member in archive:
                 content = archive.extractfile(member)
                 if content is None:
@@ -291,7 +312,7 @@ def _check_tar(parts: Sequence[Path], where: str) -> int:
     packed = sum(part.stat().st_size for part in parts)
     size = 0
     names = []
-    with io.BufferedReader(JoinedFile(parts)) as file, tarfile.open(fileobj=file) as archive:
+    with io.BufferedReader(JoinedFile(parts)) as file, tarfile.open(fileobj=file, tarinfo=_Member) as archive:
         for member in archive:
             _check_name(member.name, where)
             if member.isdir():
