@@ -109,7 +109,9 @@ def export(config: DictConfig) -> list[Path]:
     program = trace(model, len(run.bands))
     with atomic_path(out) as temporary:
         if out.suffix == ".pt2":
-            torch.export.save(program, temporary)
+            # given a name, it tells of a full disk in an error of its own
+            with temporary.open("wb") as file:
+                torch.export.save(program, file)
         else:
             save_onnx(program, temporary)
         check(temporary, model, samples(run, model.side))

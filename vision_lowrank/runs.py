@@ -23,6 +23,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from vision_lowrank.argument_types import fits
 from vision_lowrank.errors import ConfigError
@@ -70,6 +71,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if error.filename in (None, str(temporary), temporary):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+    except SafetensorError as error:
+        raise _of_system(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -96,8 +99,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 os.replace(file, whole)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:
+        raise _of_system(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _of_system(error: SafetensorError, path: Path) -> Exception:
+    """Returns the error of the system that safetensors tells of in words, such as that of a full disk, or `error`."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return error if told is None else OSError(int(told[1]), os.strerror(int(told[1])), str(path))
 
 
 def check_writable(path: Path) -> None:

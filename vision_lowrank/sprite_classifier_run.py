@@ -18,7 +18,7 @@ from vision_lowrank.models.saved import load_saved
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
 from vision_lowrank.plots.confusion import save_confusion
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import process_rank, resumed_run, start_run, write_csv, write_json
+from vision_lowrank.runs import atomic_folder, process_rank, resumed_run, start_run, write_csv, write_json
 from vision_lowrank.tasks.sprite_classification import SpriteClassification
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def run_classifier(config: DictConfig) -> Path:
     seconds = time.perf_counter() - started
     task.load_state_dict(read_checkpoint(best.best_model_path, "sprites")["state_dict"])
     model = task.model.cpu().eval()
-    model.save_pretrained(folder / "model")
+    with atomic_folder(folder / "model") as temporary:
+        model.save_pretrained(temporary)
     write_csv(folder / "history.csv", task.history)
     counts = confusion(model, data)
     save_confusion(folder / "confusion.png", counts.numpy(), [*SPRITES, NONE])

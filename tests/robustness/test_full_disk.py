@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from vision_lowrank.checkpoints import WholeFiles
-from vision_lowrank.runs import atomic_folder
+from vision_lowrank.runs import atomic_folder, atomic_path
 
 
 def contents(folder):
@@ -109,3 +111,31 @@ def test_a_folder_of_weights_changes_only_when_all_of_it_is_written(tmp_path):
         write(OSError(28, "No space left on device"))
     assert caught.value.filename == str(folder)
     assert contents(tmp_path) == {"model/config.json": b"old", "model/unet/model.safetensors": b"old"}
+
+
+def test_safetensors_that_do_not_fit_a_disk_leave_the_old_ones_and_name_the_path(disk):
+    path, folder = disk / "a.safetensors", disk / "model"
+    small, large = {"a": torch.ones(3)}, {"a": torch.ones(4_000_000)}
+
+    def write(tensors):
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary)
+
+    def write_folder(tensors):
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / "model.safetensors")
+
+    write(small)
+    write_folder(small)
+    before = contents(disk)
+    for attempt, place in ((write, path), (write_folder, folder)):
+        with pytest.raises(OSError, match="No space left") as caught:
+            attempt(large)
+        assert caught.value.filename == str(place)
+    assert contents(disk) == before
+
+
+def test_what_else_safetensors_refuses_is_told_in_its_words(tmp_path):
+    (tmp_path / "damaged").write_bytes(b"9" * 40)
+    with pytest.raises(SafetensorError, match=r"[Hh]eader"), atomic_path(tmp_path / "a"):
+        load_file(tmp_path / "damaged")

@@ -35,6 +35,7 @@ from vision_lowrank.adapters.targets import Targets
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import make_record
+from vision_lowrank.runs import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ def first_batches(loader: Any, inputs: Sequence[str], samples: int) -> Batches:
 def save_adapters(model: Any, folder: Path) -> None:
     """Writes the adapters with the modules trained beside them, for `adapters.load_adapter` or for peft."""
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
     else:
         save_adapter(model, folder)
 
