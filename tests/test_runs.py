@@ -165,6 +165,7 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
         ({"maps": 1.5}, "^maps=1.5 is not a text or null; for"),
         ({"seed": True}, "^seed=True: give a whole number from 0 up$"),
         ({"devices": 0}, "^devices=0: give a whole number from 1 up$"),
+        ({"seed": 2**32}, "^seed=4294967296: give a number up to 4294967295$"),
     ],
 )
 def test_options_that_a_command_cannot_work_with(options, message):
@@ -175,3 +176,9 @@ def test_options_that_a_command_cannot_work_with(options, message):
 def test_options_that_a_command_can_work_with():
     given = {"weights": "run", "maps": None, "name": "a", "resume": None, "seed": 0, "devices": 2, "other": 3}
     runs.check_command(OmegaConf.create(given), weights=str, maps=str | None)
+
+
+def test_seeds_have_bounds():
+    assert runs.checked_seeds([0, 2**32 - 1]) == [0, 2**32 - 1]
+    with pytest.raises(ConfigError, match=r"seeds=\[4294967296\]: give numbers up to 4294967295"):
+        runs.checked_seeds([2**32])

@@ -41,6 +41,8 @@ _OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "seed"
 _PLACES = {"data.root", "data.num_workers"}
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
+# numpy's older generators take no larger ones
+LARGEST_SEED = 2**32 - 1
 
 
 @contextmanager
@@ -72,7 +74,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     except SafetensorError as error:
-        raise _of_system(error, path) from error
+        if (told := _of_system(error, path)) is not None:
+            raise told from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -100,15 +104,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     except SafetensorError as error:
-        raise _of_system(error, path) from error
+        if (told := _of_system(error, path)) is not None:
+            raise told from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _of_system(error: SafetensorError, path: Path) -> Exception:
-    """Returns the error of the system that safetensors tells of in words, such as that of a full disk, or `error`."""
+def _of_system(error: SafetensorError, path: Path) -> OSError | None:
+    """Returns the error of the system that safetensors tells of in words, such as that of a full disk, if it does."""
     told = re.search(r"\(os error (\d+)\)", str(error))
-    return error if told is None else OSError(int(told[1]), os.strerror(int(told[1])), str(path))
+    return None if told is None else OSError(int(told[1]), os.strerror(int(told[1])), str(path))
 
 
 def check_writable(path: Path) -> None:
@@ -248,6 +254,8 @@ def check_command(config: DictConfig, **own: Any) -> None:
     for name, least in {"seed": 0, "devices": 1}.items():
         if name in config and (type(config[name]) is not int or config[name] < least):
             raise ConfigError(f"{name}={config[name]}: give a whole number from {least} up")
+    if config.get("seed", 0) > LARGEST_SEED:
+        raise ConfigError(f"seed={config.seed}: give a number up to {LARGEST_SEED}")
 
 
 def open_run(config: DictConfig, precision: str) -> Path:
@@ -332,10 +340,12 @@ def checked_seeds(seeds: Any) -> list[int]:
     """Returns the seeds of several runs or images.
 
     Raises:
-        ConfigError: they are no list of different whole numbers from 0 up.
+        ConfigError: they are no list of different whole numbers from 0 up to `LARGEST_SEED`.
     """
     if not isinstance(seeds, list | ListConfig) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         raise ConfigError(f"seeds={seeds}: give a list of whole numbers from 0 up")
+    if max(seeds) > LARGEST_SEED:
+        raise ConfigError(f"seeds={list(seeds)}: give numbers up to {LARGEST_SEED}")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds={list(seeds)}: the same seed gives the same again; give each once")
     return list(seeds)
