@@ -21,18 +21,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from vision_lowrank.baselines import fit_baseline, is_baseline
-from vision_lowrank.data.few_labels import check_kept, keep_labels
+from vision_lowrank.data.few_labels import keep_labels
 from vision_lowrank.data.modules import SceneDataModule
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
+from vision_lowrank.few_labels_options import check_options
 from vision_lowrank.few_labels_report import report
 from vision_lowrank.fitting import pretrain, train_network
 from vision_lowrank.instantiate import instantiate
@@ -72,7 +72,7 @@ def run_few_labels(config: DictConfig) -> Path:
     Raises:
         VisionLowRankError: anything that the user can mend; options are checked before work starts.
     """
-    _check(config)
+    check_options(config)
     root = Path(config.runs_root) / config.name
     _keep_settings(config, root)
     runs = [
@@ -246,35 +246,6 @@ def _about(run: Run, data: SceneDataModule, facts: Mapping[str, Any], method: Ma
         # weights from elsewhere cannot tell what they were pretrained on
         "transductive": bool(facts.get("transductive") or method.get("transductive")),
     }
-
-
-def _check(config: DictConfig) -> None:
-    """Refuses what would fail later."""
-    known = {"methods": config.benchmark.methods, "kinds": config.benchmark.splits}
-    for name, options in known.items():
-        if strange := [item for item in config[name] if item not in options]:
-            raise ConfigError(f"{name} has {', '.join(map(str, strange))}; it can have {', '.join(options)}")
-    for name, remedy in (("random_walk", "leave it: each run gives a second row"), ("choices", "for none give {}")):
-        if config.benchmark[name] is None:
-            raise ConfigError(f"benchmark.{name} is null; {remedy}")
-    read_walk(config.benchmark.random_walk)
-    for name, method in config.benchmark.methods.items():
-        if strange := [item for item in method.get("members", []) if item not in config.benchmark.methods]:
-            raise ConfigError(f"benchmark.methods.{name}.members has {', '.join(strange)}, which is no method")
-    for name, members in config.benchmark.choices.items():
-        if strange := [item for item in members if item not in config.benchmark.methods]:
-            raise ConfigError(f"benchmark.choices.{name} has {', '.join(strange)}, which is no method")
-    for name in (*known, "labels", "seeds"):
-        values: Sequence[Any] = config[name]
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{name}={list(values)}: give at least one, none twice")
-    for kept in config.labels:
-        check_kept(kept)
-    if config.resume is not None or config.devices != 1:
-        raise ConfigError("few_labels goes on by itself, on one device: leave out resume and devices")
-    device = torch.device(choose_device(config.device)).type
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device}: PyTorch sees none here; use device=cpu")
 
 
 def _keep_settings(config: DictConfig, root: Path) -> None:
