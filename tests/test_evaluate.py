@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vision_lowrank.errors import ConfigError
+from vision_lowrank.errors import VisionLowRankError
 from vision_lowrank.evaluate import run
 
 COMMON = [
@@ -46,6 +46,11 @@ OF_ONE = {
         ("tasks", [1], r"tasks=\[1\]: give a list of cards"),
         ("tasks.segmentation", "abc", r"tasks\.segmentation is abc; give what makes the task"),
         ("benchmark.root", 3, "root is 3, which is not a text"),
+        ("weights", 3, "weights=3 is not a text or null"),
+        ("benchmark.split", "tiles", "split is 'tiles'; it can be published or grouped or blocks"),
+        ("benchmark.sensors", ["lidar"], r"sensors=\['lidar'\]: give optical, radar or both"),
+        ("benchmark.encoders.less_vit.model.embed_dim", "wide", "embed_dim='wide' is not a whole number"),
+        ("benchmark.encoders.less_vit.weights", "nowhere", "nowhere"),
         ("benchmark.seeds", "abc", "seeds is 'abc', which is not a list"),
         ("benchmark.seeds", [-1], "give a list of whole numbers from 0 up"),
         ("benchmark.num_workers", -1, r"benchmark\.num_workers is -1"),
@@ -79,12 +84,13 @@ def _named(benchmark):
 @pytest.mark.parametrize(("benchmark", "key", "value", "message"), [*_named("composition"), *_named("mini")])
 def test_wrong_values_are_refused_before_work(tmp_path, repository, monkeypatch, benchmark, key, value, message):
     # nothing that takes time, should a value pass
+    monkeypatch.setattr("vision_lowrank.raster_benchmark.Tasks", lambda *args: pytest.fail("work has started"))
     monkeypatch.setattr("vision_lowrank.composition_benchmark.load_base", lambda *args, **options: None)
     monkeypatch.setattr("vision_lowrank.composition_benchmark.load_classifier", lambda folder: None)
     folder = tmp_path / "runs"
     with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
         config = compose("evaluate", [f"benchmark={benchmark}", f"runs_root={folder}"])
     OmegaConf.update(config, key, value, merge=False, force_add=True)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(VisionLowRankError, match=message):
         run(config)
     assert not folder.exists()

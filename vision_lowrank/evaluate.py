@@ -32,7 +32,7 @@ def run(config: DictConfig) -> Path:
     Raises:
         VisionLowRankError: there is none of this kind, or anything else that the user can mend.
     """
-    check_command(config)
+    check_command(config, weights=str | None)
     kind = config.benchmark.kind
     if kind not in BENCHMARKS:
         raise ConfigError(f"benchmark.kind={kind}: it can be {', '.join(BENCHMARKS)}")

@@ -22,6 +22,7 @@ from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.benchmark_rows import Key, Row, append_row, done, read_rows
 from vision_lowrank.evaluation.probes import choose_logistic, knn, knn_masks
 from vision_lowrank.evaluation.task_metrics import bootstrap, image_confusion, score_task
+from vision_lowrank.instantiate import instantiate
 from vision_lowrank.memory import PeakMemory
 from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.raster_data import Opened, Tasks, present_tasks
@@ -74,6 +75,9 @@ def run_raster_benchmark(config: DictConfig) -> Path:
             "each with its device=cuda:N, and give their tables to python -m vision_lowrank.results"
         )
     encoders = find_encoders(config, options)
+    for spec in encoders.values():
+        # what cannot be made is told before hundreds of gigabytes are fetched
+        instantiate(spec)
     check_tasks(asked)
     tasks = Tasks(present_tasks(asked), options)
     neighbours = max(options["protocols"].get("knn", {}).get("neighbours", []), default=0)

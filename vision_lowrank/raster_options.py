@@ -91,7 +91,7 @@ class RasterOptions:
 
     kind: str
     root: str
-    split: str
+    split: Literal["published", "grouped", "blocks"]
     fractions: tuple[float, ...] | None
     seeds: tuple[int, ...]
     num_workers: int
@@ -102,6 +102,8 @@ class RasterOptions:
 
     def __post_init__(self) -> None:
         checked_seeds(list(self.seeds))
+        if not self.sensors or set(self.sensors) - {"optical", "radar"}:
+            raise ConfigError(f"benchmark.sensors={list(self.sensors)}: give optical, radar or both")
         check_least(0, **{"benchmark.num_workers": self.num_workers})
         if self.fractions is not None and not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ConfigError(f"benchmark.fractions={list(self.fractions)}: give shares above 0, up to 1")
