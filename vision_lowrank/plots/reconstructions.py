@@ -73,7 +73,7 @@ def save_spectra(
             panel.plot(wavelengths[~hidden], lines["target"][~hidden], ".", color="0.1", markersize=3, label="shown")
             panel.set_title(title, loc="left")
             panel.set_ylabel("standardised")
-        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
         axes[-1].set_xlabel("wavelength (nm)")
 
 
