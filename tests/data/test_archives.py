@@ -141,6 +141,31 @@ def test_a_tar_is_unpacked_once_and_again_after_a_change(tmp_path):
     assert (store.names, store.read("set/metadata.csv")) == ({"set/metadata.csv"}, b"new")
 
 
+def test_what_a_killed_unpacking_left_is_removed(tmp_path, monkeypatch):
+    paths = write(tmp_path, tar_bytes("w:gz"), 2)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(source, target, length):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfileobj", kill)
+        # as a signal would have it, nothing cleans up
+        patched.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+        with pytest.raises(Killed):
+            open_store(paths)
+    (left,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert open_store(paths).read("set/metadata.csv") == CONTENT["set/metadata.csv"]
+    assert not left.exists()
+    folders = [path.name for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == 1
+    assert not folders[0].endswith(".part")
+    # nor the lock
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_fork_does_not_move_its_parent(tmp_path):
     with JoinedFile(write(tmp_path, bytes(1_000), 2)) as file:
         file.read(100)

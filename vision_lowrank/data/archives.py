@@ -23,6 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -279,16 +281,27 @@ def unpack_tar(parts: Sequence[Path]) -> Path:
         size = _check_tar(parts, where)
     except DAMAGED as error:
         raise DataError(f"{where}: no zip, or tar archive damaged or cut off ({error}); get it again") from error
-    free = shutil.disk_usage(target.parent).free
-    if size > free:
-        raise DataError(f"{where}: {size} bytes to unpack, {free} free in {target.parent}; make room")
-    logger.info("unpacking %s, %.1f GB, into %s", where, size / 1e9, target)
-    _unpack(parts, target)
+    lock = target.with_name(f"{target.name}.lock")
+    try:
+        # several processes may want it at once, and each would need the room
+        with FileLock(lock):
+            if target.is_dir():
+                return target
+            for leftover in target.parent.glob(f"{target.name}.*.part"):
+                # of an unpacking that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            free = shutil.disk_usage(target.parent).free
+            if size > free:
+                raise DataError(f"{where}: {size} bytes to unpack, {free} free in {target.parent}; make room")
+            logger.info("unpacking %s, %.1f GB, into %s", where, size / 1e9, target)
+            _unpack(parts, target)
+    finally:
+        lock.unlink(missing_ok=True)
     return target
 
 
 def _unpack(parts: Sequence[Path], target: Path) -> None:
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         temporary.mkdir()
         with io.BufferedReader(JoinedFile(parts)) as file, tarfile.open(fileobj=file, tarinfo=_Member) as archive:
@@ -300,9 +313,7 @@ def _unpack(parts: Sequence[Path], target: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("xb") as copy:
                     shutil.copyfileobj(content, copy, COPY_BYTES)
-        # another process may have been faster with the same archive
-        if not target.is_dir():
-            os.replace(temporary, target)
+        os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
