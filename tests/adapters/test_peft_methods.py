@@ -265,6 +265,7 @@ def configured(**changes):
         (configured(target_modules=["proj"]), r"entries differ .*is not of this model"),
         (configured(r=3), "no adapters of peft for this model"),
         (configured(peft_type="PROMPT_TUNING"), "no adapters of peft|which is none of"),
+        (configured(use_dora=False, megatron_config={"a": 1}, megatron_core="this"), "its megatron_config has code"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no adapters of peft for this model"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"0" * 40), "no adapters of peft for this"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapters of peft for this model"),

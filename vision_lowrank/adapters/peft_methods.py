@@ -229,6 +229,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         known = {tuner.config for tuner in PEFT_METHODS.values()}
         if type(config).__name__ not in known:
             raise AdapterError(f"{folder}: a {type(config).__name__}, which is none of {', '.join(sorted(known))}")
+        if getattr(config, "megatron_config", None) is not None:
+            # peft would import the module that it names
+            raise AdapterError(f"{folder}: its megatron_config has code imported; do not trust it")
         adapted = peft.get_peft_model(model, config)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             given = set(file.keys())
