@@ -58,6 +58,8 @@ OF_ONE = {
         ("benchmark.bands", 400, "bands is 400, which is not a mapping with the keys train, test"),
         ("benchmark.bands", {"train": [1000, 400], "test": []}, r"\[1000\.0, 400\.0\]; give nanometres from and to"),
         ("benchmark.encoders", ["less"], r"encoders is \['less'\], which is not a mapping"),
+        ("benchmark.protocols", {"knn": None}, "benchmark.protocols and benchmark.seeds need at least one"),
+        ("benchmark.encoders", None, "no encoder to measure"),
         ("benchmark.protocols", "knn", "protocols is 'knn', which is not a mapping"),
         ("benchmark.protocols.knn.neighbours", [0], r"protocols\.knn\.neighbours is 0; give at least 1"),
         ("benchmark.protocols.knn.neighbours", [], r"protocols\.knn\.neighbours is empty"),

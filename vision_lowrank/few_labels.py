@@ -32,7 +32,7 @@ from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
-from vision_lowrank.few_labels_options import check_options
+from vision_lowrank.few_labels_options import WALKED, check_options
 from vision_lowrank.few_labels_report import report
 from vision_lowrank.fitting import pretrain, train_network
 from vision_lowrank.instantiate import instantiate
@@ -182,7 +182,7 @@ class Division:
         with atomic_path(folder / "prediction.npy") as temporary:
             np.save(temporary, predicted.astype(np.uint8).reshape(data.split.shape))
         leakage = data.split.leakage(data.patch_size)
-        name = f"{run.method} + random walk" if facts["random_walk"] else run.method
+        name = f"{run.method}{WALKED}" if facts["random_walk"] else run.method
         result = RunResult(name, run.seed, data.split.digest(), leakage, scores, facts)
         write_metrics(folder, result, [item.name for item in data.scene.classes])
         return result

@@ -86,7 +86,7 @@ def check_options(config: DictConfig) -> None:
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
     for name, remedy in (("random_walk", "leave it: each run gives a second row"), ("choices", "for none give {}")):
-        if plain["benchmark"][name] is None:
+        if plain["benchmark"].get(name) is None:
             raise ConfigError(f"benchmark.{name} is null; {remedy}")
     read_walk(config.benchmark.random_walk)
     options = make_record(FewLabels, plain["benchmark"], "benchmark", ConfigError)

@@ -19,6 +19,7 @@ from vision_lowrank.evaluation.tables import (
     summarise,
     t_interval,
 )
+from vision_lowrank.few_labels_options import WALKED
 from vision_lowrank.plots.label_curves import Curve, save_label_curves
 from vision_lowrank.runs import atomic_path, write_csv
 
@@ -80,7 +81,7 @@ def chosen_runs(results: Sequence[RunResult], choices: Mapping[str, Sequence[str
             # all of them had to be trained
             facts = {**best.facts, "seconds": sum(runs[method].facts["seconds"] for method in methods)}
             facts["transductive"] = any(runs[method].facts["transductive"] for method in methods)
-            walk = " + random walk" if best.facts["random_walk"] else ""
+            walk = WALKED if best.facts["random_walk"] else ""
             found.append(replace(best, method=f"{name}{walk}", facts=facts))
     return found
 
@@ -178,7 +179,7 @@ def _panels(results: Sequence[RunResult]) -> list[list[tuple[str, dict[str, Curv
             ]  # fmt: skip
             if here:
                 methods = sorted({one.method for one in here})
-                title = f"{kind}{' + random walk' if walked else ''}, {name}"
+                title = f"{kind}{WALKED if walked else ''}, {name}"
                 row.append((title, {method.partition(" + ")[0]: _curve(_of(here, method)) for method in methods}))
         rows.append(row)
     return rows

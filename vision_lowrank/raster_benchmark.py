@@ -65,10 +65,11 @@ def run_raster_benchmark(config: DictConfig) -> Path:
             anything is trained or written but what was fetched.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    options, asked = plain["benchmark"], plain["tasks"]
+    options, asked = plain["benchmark"], plain.get("tasks")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, torch.device(device).type)
     check_options(options)
+    options["protocols"] = {name: settings for name, settings in options["protocols"].items() if settings is not None}
     if config.devices != 1:
         raise ConfigError(
             f"devices={config.devices}: this benchmark computes on one; run tasks or seeds by commands of their own, "

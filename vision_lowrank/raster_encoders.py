@@ -15,9 +15,15 @@ from vision_lowrank.tasks.raster_tasks import RasterModel
 
 
 def find_encoders(config: DictConfig, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the configurations of the encoders by name: `model`, or the several of the benchmark."""
+    """Returns the configurations of the encoders by name: `model`, or the several of the benchmark.
+
+    Raises:
+        ConfigError: there is none, or one that takes no weights is to load some.
+    """
     given: Any = None if config.get("model") is None else OmegaConf.to_container(config.model, resolve=True)
-    encoders = dict(options["encoders"]) if given is None else {"model": given}
+    encoders = dict(options["encoders"] or {}) if given is None else {"model": given}
+    if not encoders:
+        raise ConfigError("no encoder to measure; give model=NAME, or benchmark.encoders")
     if config.weights is not None:
         for name, spec in encoders.items():
             if "weights" not in spec:

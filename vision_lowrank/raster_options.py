@@ -64,7 +64,7 @@ class Adapting(Tuning):
 
 @dataclass(frozen=True)
 class Protocols:
-    """The protocols; one that is not there is left out."""
+    """The protocols; one that is not there, or null, is left out."""
 
     knn: Neighbours | None = None
     linear: Training | None = None
@@ -120,7 +120,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         known = Protocols.__dataclass_fields__
         if strange := [str(name) for name in protocols if name not in known]:
             raise ConfigError(f"benchmark.protocols has {', '.join(strange)}; it can have {', '.join(known)}")
-    if not protocols or not options.get("seeds"):
+    if not protocols or not options.get("seeds") or (isinstance(protocols, Mapping) and not any(protocols.values())):
         raise ConfigError("benchmark.protocols and benchmark.seeds need at least one entry each")
     make_record(RasterOptions, options, "benchmark", ConfigError)
 
