@@ -48,7 +48,7 @@ OF_ONE = {
         ("benchmark.root", 3, "root is 3, which is not a text"),
         ("weights", 3, "weights=3 is not a text or null"),
         ("benchmark.split", "tiles", "split is 'tiles'; it can be published or grouped or blocks"),
-        ("benchmark.sensors", ["lidar"], r"sensors=\['lidar'\]: give optical, radar or both"),
+        ("benchmark.sensors", ["lidar"], r"sensors=\['lidar'\]: give optical or radar, or both"),
         ("benchmark.encoders.less_vit.model.embed_dim", "wide", "embed_dim='wide' is not a whole number"),
         ("benchmark.encoders.less_vit.weights", "nowhere", "nowhere"),
         ("benchmark.seeds", "abc", "seeds is 'abc', which is not a list"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vision_lowrank.argument_types import check_least
+from vision_lowrank.data.task_cards import SENSORS
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import make_record
 from vision_lowrank.runs import checked_seeds
@@ -102,8 +103,8 @@ class RasterOptions:
 
     def __post_init__(self) -> None:
         checked_seeds(list(self.seeds))
-        if not self.sensors or set(self.sensors) - {"optical", "radar"}:
-            raise ConfigError(f"benchmark.sensors={list(self.sensors)}: give optical, radar or both")
+        if not self.sensors or set(self.sensors) - set(SENSORS):
+            raise ConfigError(f"benchmark.sensors={list(self.sensors)}: give {' or '.join(SENSORS)}, or both")
         check_least(0, **{"benchmark.num_workers": self.num_workers})
         if self.fractions is not None and not all(0 < fraction <= 1 for fraction in self.fractions):
             raise ConfigError(f"benchmark.fractions={list(self.fractions)}: give shares above 0, up to 1")
