@@ -191,7 +191,7 @@ def test_a_run_of_each_method_on_one_division(root, card):
     seeds = np.full(labels.shape, IGNORE)
     seeds.flat[split.train] = labels.flat[split.train]
     settings = configure(card, root).benchmark.random_walk
-    walked = random_walk(decided, module.scaled_image(), seeds, Walk(**settings)).argmax(axis=1)
+    walked = random_walk(decided, module.scaled_image(), seeds, Walk(**settings), module.scene.valid).argmax(axis=1)
     found = read_result(folder / "svm" / "random_walk")
     assert found.method == "svm + random walk"
     assert found.facts["transductive"]

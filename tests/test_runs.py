@@ -151,8 +151,8 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
     (tmp_path / "run" / "provenance.json").write_text("{}")
     free = {"data": {"root": "elsewhere", "num_workers": 2}, "trainer": {"epochs": 5}}
     assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"that run differs in data\.card, data\.whiten, seed, task\.rate; give"):
-        runs.resumed_run(configuration(data={"card": "b", "whiten": True}, task={"rate": 2}, seed=9))
+    with pytest.raises(ConfigError, match=r"that run differs in base, data\.card, data\.whiten, seed, task\.rate; give"):
+        runs.resumed_run(configuration(data={"card": "b", "whiten": True}, task={"rate": 2}, seed=9, base="other"))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,17 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
 def test_options_that_a_command_cannot_work_with(options, message):
     with pytest.raises(ConfigError, match=message):
         runs.check_command(OmegaConf.create(options), weights=str, maps=str | None)
+
+
+@pytest.mark.parametrize("options", [{"devices": 2}, {"trainer": {"devices": "auto"}}, {"trainer": {"num_nodes": 2}}])
+def test_sweeps_go_with_one_device(monkeypatch, options):
+    monkeypatch.setattr(runs.HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.MULTIRUN}))
+    runs.check_command(OmegaConf.create({"devices": 1, "trainer": {"devices": 1, "num_nodes": 1}}))
+    with pytest.raises(ConfigError, match="^-m, several runs in one command, goes with one device; run them one by"):
+        runs.check_command(OmegaConf.create(options))
+    monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.RUN}))
+    runs.check_command(OmegaConf.create(options))
 
 
 def test_options_that_a_command_can_work_with():

@@ -214,11 +214,16 @@ def test_adapters_train_on_a_frozen_base(configure):
 def test_a_base_that_learned_test_labels_is_refused(configure):
     config = configure("trainer.max_epochs=1")
     train(config)
-    base = f"base={run_folder(config) / 'model'}"
+    folder = run_folder(config)
+    base = f"base={folder / 'model'}"
     with pytest.raises(ConfigError, match=r"trained on the labels of \d+ pixels that are test pixels here"):
         train(configure("regime=adapt", base, "seed=1"))
     (result,) = train(configure("regime=adapt", base, "trainer.max_epochs=1"))
     assert not result.facts["transductive"]
+
+    # pixels of equal numbers on another scene are others
+    (folder / "provenance.json").write_text(json.dumps({"data": {"image.npy": "of another scene"}}))
+    train(configure("regime=adapt", base, "seed=1", "trainer.max_epochs=1"))
 
 
 @pytest.fixture

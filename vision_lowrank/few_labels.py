@@ -168,7 +168,8 @@ class Division:
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
         walk = read_walk(self.options["random_walk"])
-        return random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), walk)
+        place = seeds.reshape(data.split.shape)
+        return random_walk(probabilities, data.scaled_image(), place, walk, data.scene.valid)
 
     def _write(
         self, folder: Path, run: Run, data: SceneDataModule, probabilities: np.ndarray, facts: Mapping[str, Any]

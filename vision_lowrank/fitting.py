@@ -229,7 +229,7 @@ def _prepare_model(
             model = build(config, data)
         model.reset_classifier(data.num_classes)
     if adapted:
-        if not pretrained:
+        if not pretrained and process_rank() == 0:
             with atomic_folder(folder / "model") as temporary:
                 model.save_pretrained(temporary)
         model = adapt(config, data, model)
@@ -290,7 +290,9 @@ def _check_base(data: SceneDataModule, folder: Path) -> None:
     if not split_file.exists() or (folder.parent / "pretraining.csv").exists():
         return
     trained = Split.load(split_file)
-    shared = np.intersect1d(trained.train, data.split.test) if trained.shape == data.split.shape else np.empty(0)
+    if trained.shape != data.split.shape or _shares_files(data, folder.parent / "provenance.json") is False:
+        return
+    shared = np.intersect1d(trained.train, data.split.test)
     if shared.size:
         raise ConfigError(
             f"base {folder}: trained on the labels of {shared.size} pixels that are test pixels here; take a base of "
@@ -304,11 +306,15 @@ def _saw_scene(data: SceneDataModule, folder: Path) -> bool:
     if (run / "split.npz").exists():
         return (run / "pretraining.csv").exists() or _was_transductive(run)
     own = folder / "provenance.json"
+    return _shares_files(data, own if own.exists() else run / "provenance.json") is True
+
+
+def _shares_files(data: SceneDataModule, record: Path) -> bool | None:
+    """Tells whether the files of a provenance are partly those of this scene; None where it does not tell."""
     try:
-        record = own if own.exists() else run / "provenance.json"
         seen = json.loads(record.read_text(encoding="utf-8"))["data"].values()
     except (OSError, ValueError, KeyError):
-        return False
+        return None
     return not set(seen).isdisjoint(data.scene.hashes.values())
 
 
@@ -394,7 +400,8 @@ def pretrain(
         model.get_classifier().requires_grad_(True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    write_csv(folder / "pretraining.csv", task.history)
+    if process_rank() == 0:
+        write_csv(folder / "pretraining.csv", task.history)
     return model
 
 

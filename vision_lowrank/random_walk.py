@@ -59,23 +59,26 @@ def read_walk(settings: Mapping[str, Any]) -> Walk:
     return make_record(Walk, settings, "random_walk", ConfigError)
 
 
-def random_walk(probabilities: np.ndarray, image: np.ndarray, seeds: np.ndarray, walk: Walk) -> np.ndarray:
+def random_walk(
+    probabilities: np.ndarray, image: np.ndarray, seeds: np.ndarray, walk: Walk, valid: np.ndarray
+) -> np.ndarray:
     r"""Returns the probabilities that a walk from each pixel first reaches a seed of each class.
 
     Minimises :math:`\sum_{ij} w_{ij} (x_i - x_j)^2 + c \sum_{seeds} (x_i - s_i)^2 + \lambda \sum_i (x_i - p_i)^2` for
     each class over the 8-neighbourhood, with :math:`w_{ij} = \exp(-\beta |f_i - f_j|^2 / m)`, `m` the median of the
-    squared differences between neighbours.
+    squared differences between neighbours. Pixels without values take no part: their edges have the least weight.
 
     Args:
         probabilities: the classifier's, p, (height * width, classes).
         image: features of the pixels, f, (channels, height, width), each channel in the units its weight should have.
         seeds: class indices of the known pixels, 255 elsewhere, (height, width).
         walk: beta, lambda and the averaging of features.
+        valid: pixels that have values, bool (height, width).
 
     Returns:
         float64 (height * width, classes).
     """
-    adjacency = _adjacency(uniform_filter(image, (0, walk.smoothing, walk.smoothing), mode="mirror"), walk.sharpness)
+    adjacency = _adjacency(_smooth(image, walk.smoothing, valid), walk.sharpness, valid)
     degree = np.asarray(adjacency.sum(axis=1)).ravel()
     known = np.flatnonzero(seeds.ravel() != IGNORE)
     clamp = np.zeros(degree.size)
@@ -88,7 +91,16 @@ def random_walk(probabilities: np.ndarray, image: np.ndarray, seeds: np.ndarray,
     return splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).solve(target)
 
 
-def _adjacency(image: np.ndarray, sharpness: float) -> sparse.csr_array:
+def _smooth(image: np.ndarray, side: int, valid: np.ndarray) -> np.ndarray:
+    """Returns the means of the valid pixels in windows of so many pixels, where the pixel itself is valid."""
+    if valid.all():
+        return uniform_filter(image, (0, side, side), mode="mirror")
+    sums = uniform_filter(np.where(valid, image, 0), (0, side, side), mode="mirror")
+    share = uniform_filter(valid.astype(np.float64), side, mode="mirror")
+    return np.divide(sums, share, out=np.zeros_like(sums), where=valid)
+
+
+def _adjacency(image: np.ndarray, sharpness: float, valid: np.ndarray) -> sparse.csr_array:
     """Returns the weights between 8-neighbours, symmetric (pixels, pixels)."""
     height, width = image.shape[1:]
     index = np.arange(height * width).reshape(height, width)
@@ -102,6 +114,8 @@ def _adjacency(image: np.ndarray, sharpness: float) -> sparse.csr_array:
     second = np.concatenate([pair[1].ravel() for pair in pairs])
     values = image.reshape(len(image), -1)
     distance = np.square(values[:, first] - values[:, second]).sum(axis=0)
-    weight = np.exp(-sharpness * distance / max(float(np.median(distance)), 1e-12)) + LEAST_EDGE
+    both = valid.ravel()[first] & valid.ravel()[second]
+    median = float(np.median(distance[both])) if both.any() else 0.0
+    weight = np.where(both, np.exp(-sharpness * distance / max(median, 1e-12)), 0) + LEAST_EDGE
     upper = sparse.coo_array((weight, (first, second)), shape=(index.size, index.size))
     return (upper + upper.T).tocsr()

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -37,7 +39,7 @@ RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
 _LEFTOVER = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.part(?P<suffix>\.\w+)?")
 # sections that make a run what it is, but for where things lie and who reads them
-_OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "seed"}
+_OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "base", "seed"}
 _PLACES = {"data.root", "data.num_workers"}
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
@@ -256,6 +258,14 @@ def check_command(config: DictConfig, **own: Any) -> None:
             raise ConfigError(f"{name}={config[name]}: give a whole number from {least} up")
     if config.get("seed", 0) > LARGEST_SEED:
         raise ConfigError(f"seed={config.seed}: give a number up to {LARGEST_SEED}")
+    # each process that a run starts would go through the whole sweep, and write into a folder of another run
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and _several_processes(config):
+        raise ConfigError("-m, several runs in one command, goes with one device; run them one by one")
+
+
+def _several_processes(config: DictConfig) -> bool:
+    keys = ("devices", "trainer.devices", "trainer.num_nodes")
+    return any(OmegaConf.select(config, key, default=1) != 1 for key in keys)
 
 
 def open_run(config: DictConfig, precision: str) -> Path:

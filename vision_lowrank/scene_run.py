@@ -112,8 +112,9 @@ def evaluate_map(
     if config.get("random_walk") is not None:
         seeds = np.full(data.scene.labels.size, IGNORE)
         seeds[data.split.train] = data.scene.labels.flat[data.split.train]
+        seeds = seeds.reshape(data.split.shape)
         walk = read_walk(config.random_walk)
-        walked = random_walk(probabilities, data.scaled_image(), seeds.reshape(data.split.shape), walk)
+        walked = random_walk(probabilities, data.scaled_image(), seeds, walk, data.scene.valid)
         # the run's own folder last: its scores mark it as finished
         extra = {(folder / "random_walk", f"{name} + random walk"): (walked, {**facts, "transductive": True})}
         maps = extra | maps

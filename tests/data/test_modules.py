@@ -223,6 +223,18 @@ def test_published_maps_decide_who_trains_and_tests(make, published, options, te
     assert (split.kind, split.parameters["train_file"]) == ("from_file", "train.npy")
 
 
+def test_published_pixels_without_values_are_left_out(tiny, make, published, caplog):
+    gap = np.zeros((24, 20), bool)
+    gap[3, 2:9] = gap[15, 4:6] = True
+    tiny.image[gap] = np.nan
+    split = make(split={"kind": "from_file", "validation": 0.1, "published": "rows"}).split
+    lost = set(np.flatnonzero(gap).tolist())
+    assert set(split.train.tolist()) | set(split.validation.tolist()) == published[0] - lost
+    assert set(split.test.tolist()) == published[1] - lost
+    for name, pixels in (("train", published[0]), ("test", published[1])):
+        assert f"split from train.npy: {len(pixels & lost)} {name} pixels lack values; left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("split", "message"),
     [

@@ -15,7 +15,7 @@ from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, lo
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.patches import EpochShuffle, PatchDataset, allocate_cube, collate_batch, reflect_border
 from vision_lowrank.data.preprocessing import ScenePreprocessor
-from vision_lowrank.data.scene import Scene, open_scene, read_labels
+from vision_lowrank.data.scene import IGNORE, Scene, open_scene, read_labels
 from vision_lowrank.data.splits import Split, block_split, file_split, random_split
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.processes import SharedBatches
@@ -107,7 +107,13 @@ class SceneDataModule(L.LightningDataModule):
         fetch(self.card, self.root)
         self.scene = open_scene(self.card, self.root)
         self.split = make_split(
-            self.splittable_labels(), self.card, self.root, self.patch_size, self.split_options, self.seed
+            self.splittable_labels(),
+            self.scene.valid,
+            self.card,
+            self.root,
+            self.patch_size,
+            self.split_options,
+            self.seed,
         )
         logger.info(
             "%s, %s split: %s; leakage %.1f %% of test pixels",
@@ -208,7 +214,13 @@ class SceneDataModule(L.LightningDataModule):
 
 
 def make_split(
-    labels: np.ndarray, card: DatasetCard, root: str, patch_size: int, options: Mapping[str, Any], seed: int
+    labels: np.ndarray,
+    valid: np.ndarray,
+    card: DatasetCard,
+    root: str,
+    patch_size: int,
+    options: Mapping[str, Any],
+    seed: int,
 ) -> Split:
     """Makes the split that a configuration asks for; see `SceneDataModule` for its options.
 
@@ -229,7 +241,7 @@ def make_split(
                 raise ConfigError(f"split.guard is {guard}; patches of {patch_size} need {patch_size - 1} or more")
             return block_split(labels, len(card.classes), guard, **arguments)
         if kind == "from_file":
-            return _published_split(labels, card, root, **arguments)
+            return _published_split(labels, valid, card, root, **arguments)
     except TypeError as error:
         problem = str(error).partition("() ")[2] or error
         raise ConfigError(f"split of kind {kind}: {problem}; correct its options") from error
@@ -238,6 +250,7 @@ def make_split(
 
 def _published_split(
     labels: np.ndarray,
+    valid: np.ndarray,
     card: DatasetCard,
     root: str,
     validation: float,
@@ -256,4 +269,9 @@ def _published_split(
         raise ConfigError("split of kind from_file: give `published` or `train_file`")
     train_map = read_labels(card, (files.train,), root)
     test_map = None if files.test is None else read_labels(card, (files.test,), root)
+    for name, pixels in (("train", train_map), ("test", test_map)):
+        # the scene's own labels of these pixels are gone already
+        if pixels is not None and pixels.shape == valid.shape and (lost := (pixels != IGNORE) & ~valid).any():
+            logger.warning("split from %s: %d %s pixels lack values; left out", files.train.path, lost.sum(), name)
+            pixels[lost] = IGNORE
     return file_split(labels, train_map, test_map, validation, seed, files.train.path)
