@@ -404,11 +404,15 @@ def test_files_that_cannot_be_read_are_named_before_work_starts(pixel_run, scene
     os.truncate(tmp_path / "cut.dat", (tmp_path / "cut.dat").stat().st_size - 8)
     os.truncate(tmp_path / "cut.tif", (tmp_path / "cut.tif").stat().st_size // 2)
     (tmp_path / "text.tif").write_text("no raster")
+    write_raster(scene, tmp_path / "odd.dat", driver="ENVI")
+    header = (tmp_path / "odd.hdr").read_text()
+    (tmp_path / "odd.hdr").write_text(header.replace("header offset = 0", "header offset = none"))
     for source, message in (
         ("none.tif", "none.tif: not found"),
         ("text.tif", "text.tif: damaged, truncated or no raster"),
         ("cut.tif", "cut.tif: damaged, truncated or no raster"),
         ("cut.dat", "cut.dat: truncated, 28072 of the 28080 bytes"),
+        ("odd.hdr", "odd.hdr: damaged header .*'none'"),
         ("nobody", "dataset card .*nobody: not found"),
     ):
         with pytest.raises(DataError, match=message):

@@ -61,7 +61,9 @@ def test_a_strong_prior_is_the_classifier():
     generator = np.random.default_rng(1)
     probabilities = generator.dirichlet(np.ones(2), 30)
     seeds = np.full((5, 6), IGNORE)
-    walked = random_walk(probabilities, generator.normal(size=(2, 5, 6)), seeds, Walk(1.0, 1e9, 3), np.ones((5, 6), bool))
+    walked = random_walk(
+        probabilities, generator.normal(size=(2, 5, 6)), seeds, Walk(1.0, 1e9, 3), np.ones((5, 6), bool)
+    )
     np.testing.assert_allclose(walked, probabilities, atol=1e-6)
 
 

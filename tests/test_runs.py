@@ -151,7 +151,9 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
     (tmp_path / "run" / "provenance.json").write_text("{}")
     free = {"data": {"root": "elsewhere", "num_workers": 2}, "trainer": {"epochs": 5}}
     assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"that run differs in base, data\.card, data\.whiten, seed, task\.rate; give"):
+    with pytest.raises(
+        ConfigError, match=r"that run differs in base, data\.card, data\.whiten, seed, task\.rate; give"
+    ):
         runs.resumed_run(configuration(data={"card": "b", "whiten": True}, task={"rate": 2}, seed=9, base="other"))
 
 
@@ -178,7 +180,7 @@ def test_sweeps_go_with_one_device(monkeypatch, options):
     monkeypatch.setattr(runs.HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.MULTIRUN}))
     runs.check_command(OmegaConf.create({"devices": 1, "trainer": {"devices": 1, "num_nodes": 1}}))
-    with pytest.raises(ConfigError, match="^-m, several runs in one command, goes with one device; run them one by"):
+    with pytest.raises(ConfigError, match=r"^-m, several runs in one command, goes with one device; run them one by"):
         runs.check_command(OmegaConf.create(options))
     monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.RUN}))
     runs.check_command(OmegaConf.create(options))

@@ -1,6 +1,7 @@
 """One cube through every format; then every way a file can be broken."""
 
 import pickle
+import resource
 from pathlib import Path
 
 import h5py
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import rasterio
 import scipy.io
+from rasterio import Affine
+from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
 
@@ -106,6 +109,43 @@ def test_envi_layouts(tmp_path, interleave, order, offset):
     assert raster.georeference.transform == pytest.approx((30, 0, 366000, 0, -30, 5810000))
 
 
+def test_bands_that_an_envi_header_calls_bad(tmp_path):
+    write_envi(tmp_path / "a.hdr")
+    assert read(tmp_path / "a.hdr").bad_bands == ()
+    marks = np.ones(CHANNELS, int)
+    marks[[0, 3]] = 0
+    with (tmp_path / "a.hdr").open("a") as file:
+        file.write(f"bbl = {{\n {', '.join(map(str, marks))}}}\n")
+    assert read(tmp_path / "a.hdr").bad_bands == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex_int16"])
+def test_complex_numbers_are_refused(tmp_path, dtype):
+    profile = {"width": 2, "height": 2, "count": 1, "dtype": dtype, "crs": "EPSG:32633", "transform": TRANSFORM}
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", **profile) as file:
+        file.write(np.ones((1, 2, 2), np.complex64))
+    with pytest.raises(DataError, match=rf"a\.tif: numbers of type {dtype}, not real ones; give their amplitude"):
+        read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (False, "a grid without crs, so its maps have no place"),
+        (True, "placed by control points alone, so its maps have no place"),
+    ],
+)
+def test_half_a_georeference_is_told(tmp_path, caplog, control, message):
+    points = [GroundControlPoint(row, column, 366000 + 30 * column, 5810000 - 30 * row) for row, column in
+              ((0, 0), (0, 5), (7, 0), (7, 5))]  # fmt: skip
+    options = {"gcps": points, "crs": "EPSG:32633"} if control else {"transform": TRANSFORM}
+    profile = {"driver": "GTiff", "height": HEIGHT, "width": WIDTH, "count": CHANNELS, "dtype": "int16"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, **options) as file:
+        file.write(np.moveaxis(CUBE, -1, 0).astype(np.int16))
+    assert read(tmp_path / "a.tif").georeference is None
+    assert message in caplog.text
+
+
 def test_envi_files_in_capitals(tmp_path):
     write_envi(tmp_path / "a.hdr")
     (tmp_path / "a.hdr").rename(tmp_path / "A.HDR")
@@ -157,6 +197,33 @@ def test_tiles_are_put_together_by_place_whatever_their_order(tmp_path):
     assert raster.georeference.transform == tuple(TRANSFORM)[:6]
 
 
+def test_where_tiles_overlap_the_first_that_has_a_value_counts(tmp_path):
+    first, second = CUBE.copy(), CUBE + 1
+    first[2, 1:3] = -1
+    second[2, 1] = -1
+    for name, rows, values in (("a.tif", slice(0, 4), first), ("b.tif", slice(1, HEIGHT), second)):
+        write_tif(tmp_path / name, rows, values=values, nodata=-1)
+    raster = read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH, CHANNELS)
+    expected = np.concatenate([CUBE[:4], CUBE[4:] + 1]).astype(np.float32)
+    expected[2, 1], expected[2, 2] = np.nan, CUBE[2, 2] + 1
+    assert np.array_equal(raster.values, np.moveaxis(expected, -1, 0), equal_nan=True)
+
+
+def test_more_tiles_than_the_system_opens_at_once(tmp_path):
+    # each row a tile, thirty times over
+    paths = [tmp_path / f"{number}.tif" for number in range(30 * HEIGHT)]
+    for number, path in enumerate(paths):
+        row = number % HEIGHT
+        write_tif(path, slice(row, row + 1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        values = read_raster(paths, None, None, HEIGHT, WIDTH, CHANNELS).values
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(values, np.moveaxis(CUBE, -1, 0))
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_masked_pixels_of_a_file_lack_values(tmp_path, inside):
     write_tif(tmp_path / "a.tif")
@@ -188,6 +255,8 @@ def test_a_fourth_band_is_no_mask(tmp_path):
         ({"transform": from_origin(366000, 5809880, 10, 10)}, "pixel size"),
         ({"transform": from_origin(366011, 5809880, 30, 30)}, "not on its pixel grid"),
         ({"crs": None, "transform": None}, "without georeference"),
+        ({"transform": from_origin(366000, 5809880, 30, 30) @ Affine.rotation(20)}, "a turned or mirrored grid"),
+        ({"transform": from_origin(366000, 5809880, 30, 30) @ Affine.scale(1, -1)}, "a turned or mirrored grid"),
     ],
 )
 def test_tiles_that_do_not_fit_are_named(tmp_path, options, message):
@@ -390,3 +459,24 @@ def test_units_of_wavelengths(tmp_path, caplog, unit, values, expected):
         assert f"wavelengths in {unit!r} are no lengths known here" in caplog.text
     else:
         assert bands.wavelengths == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "expected"),
+    [
+        (("Blue (450-510 nm)", "Green 530 – 590 nm"), [480, 560]),
+        (("band 1 (0.45 to 0.51 Micrometers)", "b2 .53-.59µm"), [480, 560]),
+        # numbers of bands are no ends of them
+        (("B2-490 nm", "Band 8 - 842 nm"), [490, 842]),
+        (("Rrs_443nm", "4.9e+02 nm"), [443, 490]),
+        (("B1 445,120 nm", "B2 490,230 nm"), None),
+        (("blue", "490 nm"), None),
+    ],
+)
+def test_wavelengths_in_descriptions(tmp_path, descriptions, expected):
+    profile = {"width": 2, "height": 2, "count": 2, "dtype": "float32", "crs": "EPSG:32633", "transform": TRANSFORM}
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", **profile) as file:
+        file.write(np.ones((2, 2, 2), np.float32))
+        file.descriptions = descriptions
+    bands = read_geotiff([tmp_path / "a.tif"], CUBE.shape).bands
+    assert (bands is None) if expected is None else bands.wavelengths == pytest.approx(expected)

@@ -217,3 +217,37 @@ def test_gsd_is_compared_with_the_georeference(tmp_path, shared_path):
     path.write_text(yaml.safe_dump({**POTSDAM, "gsd": 3.0}))
     with pytest.raises(DataError, match="pixels of 30 m, the card says gsd 3"):
         open_scene(load_card(path), folder)
+
+
+def test_a_class_that_is_nodata_in_the_file_is_told(tiny):
+    tiny.card["files"]["labels"], tiny.card["ignore"] = ["labels.tif"], [200]
+    tiny.card["classes"] = [entry | {"value": value} for value, entry in enumerate(tiny.card["classes"])]
+    profile = {"driver": "GTiff", "height": 24, "width": 20, "count": 1, "dtype": "uint8", "crs": "EPSG:32633"}
+    profile["transform"] = rasterio.Affine(2, 0, 0, 0, -2, 0)
+    for nodata in (0, 255):
+        with rasterio.open(tiny.folder / "labels.tif", "w", **profile, nodata=nodata) as file:
+            file.write(np.minimum(tiny.labels, 2), 1)
+        if nodata:
+            assert (open_scene(tiny.write(), tiny.folder).labels == np.minimum(tiny.labels, 2)).all()
+            continue
+        with pytest.raises(DataError, match=r"labels\.tif: 0 is its nodata and a class of the card; take it off"):
+            open_scene(tiny.write(), tiny.folder)
+
+
+def test_bands_that_the_file_calls_bad_are_dropped(tiny, caplog):
+    tiny.image[0, 0, 4] = np.nan
+    tiny.write()
+    tiny.image.tofile(tiny.folder / "image.img")
+    (tiny.folder / "image.hdr").write_text(
+        "ENVI\nsamples = 20\nlines = 24\nbands = 6\nheader offset = 0\ndata type = 4\ninterleave = bip\n"
+        "byte order = 0\nbbl = {1, 0, 1, 1, 0, 1}\n"
+    )
+    tiny.card["files"]["image"] = ["image.hdr"]
+    tiny.card["bands"] = {"start": 450, "stop": 950, "count": 6}
+    scene = open_scene(tiny.write(), tiny.folder)
+    assert scene.dropped_bands == (1, 4)
+    assert np.array_equal(scene.image, np.moveaxis(tiny.image, -1, 0)[[0, 2, 3, 5]])
+    # what a bad band lacks is no loss
+    assert scene.valid.all()
+    assert scene.bands.wavelengths.tolist() == [450, 650, 750, 950]
+    assert "2 bands that the file calls bad dropped, indices [1, 4]" in caplog.text

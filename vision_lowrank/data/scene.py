@@ -59,12 +59,8 @@ class Scene:
 def open_scene(card: DatasetCard | str | Path, root: str | Path) -> Scene:
     """Reads the files of a card and checks them against it.
 
-    Bands that are nodata everywhere or constant are dropped; pixels with NaN, infinite or nodata values in the
-    remaining bands become invalid and lose their label. Both are logged as warnings.
-
-    Args:
-        card: a card, its name, or the path of its file.
-        root: data folder; files are looked for in `root/NAME` and in `root`.
+    Bands that are nodata everywhere, constant, or of no use by the file's own word are dropped; pixels with NaN,
+    infinite or nodata values in the remaining bands become invalid and lose their label. All is logged as warnings.
 
     Raises:
         DataError: a file is missing, damaged, or contradicts the card.
@@ -89,7 +85,7 @@ def open_scene(card: DatasetCard | str | Path, root: str | Path) -> Scene:
     if labels is not None:
         _check_counts(card, labels)
     nodata = card.nodata if card.nodata is not None else raster.nodata
-    kept, valid = _mask(raster.values, nodata, card.name)
+    kept, valid = _mask(raster.values, nodata, raster.bad_bands, card.name)
     image = raster.values[: len(kept)]
     if labels is None:
         labels = np.full(valid.shape, IGNORE, dtype=np.int64)
@@ -170,6 +166,11 @@ def read_labels(
     empty = np.isnan(values)
     if raster.nodata is not None:
         empty |= values == raster.nodata
+        if raster.nodata in card.class_values() and (values == raster.nodata).any():
+            raise DataError(
+                f"{where}: {raster.nodata:g} is its nodata and a class of the card; take it off the file (gdal_edit.py "
+                "-unsetnodata), or give the class another value"
+            )
     labels = np.full(values.shape, IGNORE, dtype=np.int64)
     known = empty | np.isin(values, card.ignore)
     for index, value in enumerate(card.class_values()):
@@ -238,7 +239,7 @@ def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.bincount(labels[labels != IGNORE], minlength=num_classes)
 
 
-def _mask(image: np.ndarray, nodata: float | None, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _mask(image: np.ndarray, nodata: float | None, bad: tuple[int, ...], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Moves the useful bands of `image` to its front, in place, and zeroes pixels that lack values in them.
 
     In place because a second cube would break the bound on memory.
@@ -247,7 +248,11 @@ def _mask(image: np.ndarray, nodata: float | None, name: str) -> tuple[np.ndarra
         Indices of the useful bands, and the valid pixels, bool (height, width).
     """
     some, valid = [], np.ones(image.shape[1:], dtype=bool)
+    if bad:
+        logger.warning("%s: %d bands that the file calls bad dropped, indices %s", name, len(bad), list(bad))
     for index, band in enumerate(image):
+        if index in bad:
+            continue
         present = _present(band, nodata)
         if present.any():
             some.append(index)
@@ -256,7 +261,7 @@ def _mask(image: np.ndarray, nodata: float | None, name: str) -> tuple[np.ndarra
         raise DataError(f"scene {name}: no pixel has a value in every band; check `nodata` ({nodata}) and the image")
     everywhere = bool(valid.all())
     kept = [index for index in some if np.ptp(image[index] if everywhere else image[index][valid]) > 0]
-    dropped = sorted(set(range(len(image))) - set(kept))
+    dropped = sorted(set(range(len(image))) - set(kept) - set(bad))
     if not kept:
         raise DataError(f"scene {name}: every band is constant; check the image")
     if dropped:

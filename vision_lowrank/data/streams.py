@@ -20,10 +20,9 @@ from vision_lowrank.data.preprocessing import ScenePreprocessor
 from vision_lowrank.data.readers import Georeference
 from vision_lowrank.data.readers.geo import (
     ENVI_BINARIES,
-    _envi_header,
-    _envi_pair,
-    _georeference,
     blank_masked,
+    check_envi,
+    georeference,
     open_raster,
     pixel_size,
     read_bands,
@@ -213,17 +212,15 @@ def _mirrored(start: int, stop: int, length: int) -> np.ndarray:
 def _open_file(path: Path) -> SceneStream:
     if not path.is_file():
         raise DataError(f"{path}: not found; give a GeoTIFF or ENVI file, or the name of a dataset card")
-    # bytes that the header of a raw file promises before its values
-    offset = None
     if path.suffix.lower() in ENVI:
-        header, path = _envi_pair(path)
-        offset = int(_envi_header(header).get("header offset", "0"))
+        _, path, _ = check_envi(path)
 
     def read(channels: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
         place = RasterWindow(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
         # opened for each window: nothing that GDAL keeps of a file outlives it
         try:
-            with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE), warnings.catch_warnings():
+            # the second spares much time where bands are interleaved by pixel in a raw file
+            with rasterio.Env(GDAL_CACHEMAX=BLOCK_CACHE, GDAL_ONE_BIG_READ=True), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 with open_raster(path) as file:
                     values = file.read((channels + 1).tolist(), window=place, out_dtype="float32")
@@ -235,27 +232,22 @@ def _open_file(path: Path) -> SceneStream:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with open_raster(path) as file:
-                georeference = _georeference(file)
-                size = file.count * file.height * file.width * np.dtype(file.dtypes[0]).itemsize
+                place = georeference(file, path)
                 stream = SceneStream(
                     name=str(path),
                     channels=file.count,
                     height=file.height,
                     width=file.width,
                     bands=read_bands(file, path),
-                    gsd=None if georeference is None else pixel_size(georeference),
-                    georeference=georeference,
+                    gsd=None if place is None else pixel_size(place),
+                    georeference=place,
                     nodata=file.nodata,
                     files=(path,),
                     reader=read,
                 )
     except RasterioError as error:
         raise _damaged(path, error) from error
-    # the end of a file that was cut off is missed now rather than after hours; in raw files GDAL takes it to be 0
-    if offset is not None and (found := path.stat().st_size) < offset + size:
-        raise DataError(
-            f"{path}: truncated, {found} of the {offset + size} bytes that its header promises; get it again"
-        )
+    # the end of a file that was cut off is missed now rather than after hours
     read(np.array([stream.channels - 1]), slice(stream.height - 1, stream.height), slice(0, stream.width))
     return stream
 

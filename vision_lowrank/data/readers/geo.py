@@ -4,7 +4,6 @@ import logging
 import math
 import re
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from rasterio.crs import CRS
 from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
-from rasterio.merge import merge
 from rasterio.windows import Window
 
 from vision_lowrank.data.bands import Bands, check_wavelengths
@@ -27,6 +25,13 @@ _NANOMETRES = {"micro": 1000.0, "µm": 1000.0, "um": 1000.0, "nano": 1.0, "nm": 
 ENVI_BINARIES = (".bsq", ".bil", ".bip", ".img", ".dat", ".raw")
 # numpy types of the `data type` codes of an ENVI header
 ENVI_TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4", 14: "i8", 15: "u8"}
+# a number, or two from end to end, and a unit: "450-510 nm", "418.24 (Nanometers"; "445,12 nm" is none
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
+_DESCRIBED = re.compile(
+    rf"(?<![\d.])(?<!\d,)(?:(?P<start>{_NUMBER})\s*(?:-|–|—|to)\s*)?(?P<centre>{_NUMBER})\s*\(?"
+    r"(?P<unit>nanomet|nm\b|micromet|µm|um\b)",
+    flags=re.IGNORECASE,
+)
 # a tile may lie off the common pixel grid by this share of a pixel, which covers rounding in stored coordinates
 GRID_TOLERANCE = 0.01
 
@@ -35,8 +40,16 @@ def open_raster(path: Path) -> DatasetReader:
     """Opens a GeoTIFF, or the binary file of ENVI where the name does not end in .tif or .tiff.
 
     By no other of GDAL's drivers: some follow names inside a file to other files and into the network.
+
+    Raises:
+        DataError: its numbers are complex.
+        RasterioError: it is no such file.
     """
-    return rasterio.open(path, driver="GTiff" if path.suffix.lower() in (".tif", ".tiff") else "ENVI")
+    file = rasterio.open(path, driver="GTiff" if path.suffix.lower() in (".tif", ".tiff") else "ENVI")
+    if strange := next((name for name in file.dtypes if name.startswith("complex")), None):
+        file.close()
+        raise DataError(f"{path}: numbers of type {strange}, not real ones; give their amplitude or intensity")
+    return file
 
 
 def blank_masked(file: DatasetReader, values: np.ndarray, window: Window | None = None) -> np.ndarray:
@@ -69,24 +82,15 @@ def read_geotiff(paths: list[Path], expected: CardShape) -> Raster:
         DataError: a file is damaged or far larger than expected, or tiles differ in crs, pixel grid or bands.
     """
     try:
-        with ExitStack() as stack:
-            # a scene without place on the ground is nothing to warn of
-            stack.enter_context(warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning))
-            tiles = [stack.enter_context(open_raster(path)) for path in paths]
-            first = tiles[0]
-            bands = read_bands(first, paths[0])
-            if len(tiles) == 1:
+        # a scene without place on the ground is nothing to warn of
+        with warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning), open_raster(paths[0]) as first:
+            bands, bad = read_bands(first, paths[0]), bad_bands(first)
+            if len(paths) == 1:
                 check_size((*first.shape, first.count), expected, str(paths[0]))
                 values = first.read(out_dtype="float32")
-                return Raster(blank_masked(first, values), bands, _georeference(first), first.nodata)
-            for path, tile in zip(paths, tiles, strict=True):
-                _check_tile(first, tile, path)
-            bounds = np.array([tile.bounds for tile in tiles])
-            extent = np.maximum(bounds[:, 2:].max(axis=0) - bounds[:, :2].min(axis=0), 0) / first.res
-            check_size((round(extent[1]), round(extent[0]), first.count), expected, f"tiles in {paths[0].parent}")
-            values, transform = merge(tiles, nodata=np.nan, dtype="float32")
-            georeference = Georeference(_crs_text(first), tuple(transform)[:6])
-            return Raster(values, bands, georeference)
+                return Raster(blank_masked(first, values), bands, georeference(first, paths[0]), first.nodata, bad)
+            values, place = _put_together(paths, first, expected)
+            return Raster(values, bands, place, bad_bands=bad)
     except (RasterioError, ValueError) as error:
         # a file's own error carries its name already in most cases, but not in all
         names = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} tiles)"
@@ -104,12 +108,25 @@ def read_envi(path: Path, expected: CardShape) -> Raster:
     Raises:
         DataError: header or binary is missing or damaged, or the binary is shorter than the header says.
     """
+    header, binary, shape = check_envi(path)
+    raster = read_geotiff([binary], expected)
+    if raster.values.shape != shape:
+        raise DataError(f"{header}: read as {raster.values.shape}, not as its bands, lines, samples; get it again")
+    return raster
+
+
+def check_envi(path: Path) -> tuple[Path, Path, tuple[int, int, int]]:
+    """Returns header, binary and bands, lines, samples of an ENVI raster, given one of its two files.
+
+    Raises:
+        DataError: header or binary is missing or damaged, or the binary is shorter than the header says.
+    """
     header, binary = _envi_pair(path)
     fields = _envi_header(header)
     try:
-        counts = [int(fields[name]) for name in ("samples", "lines", "bands")]
+        bands, lines, samples = (int(fields[name]) for name in ("bands", "lines", "samples"))
         item = np.dtype(ENVI_TYPES[int(fields["data type"])]).itemsize
-        size = int(fields.get("header offset", "0")) + item * counts[0] * counts[1] * counts[2]
+        size = int(fields.get("header offset", "0")) + item * bands * lines * samples
     except KeyError as error:
         raise DataError(f"{header}: field or data type {error} missing or unknown; fetch or copy it again") from error
     except ValueError as error:
@@ -117,10 +134,7 @@ def read_envi(path: Path, expected: CardShape) -> Raster:
     found = binary.stat().st_size
     if found < size:
         raise DataError(f"{binary}: truncated, {found} of the {size} bytes that {header.name} promises; get it again")
-    raster = read_geotiff([binary], expected)
-    if raster.values.shape != (counts[2], counts[1], counts[0]):
-        raise DataError(f"{header}: read as {raster.values.shape}, not as its bands, lines, samples; get it again")
-    return raster
+    return header, binary, (bands, lines, samples)
 
 
 def _envi_pair(path: Path) -> tuple[Path, Path]:
@@ -161,11 +175,14 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
     centres, widths = [], []
     for index, description in zip(file.indexes, file.descriptions, strict=True):
         tags = file.tags(index)
-        match = re.search(r"([\d.]+)\s*\(?(nanomet|nm\b|micromet|µm|um\b)", description or "", flags=re.IGNORECASE)
+        match = _DESCRIBED.search(description or "")
         if "wavelength" in tags:
             centre, unit = tags["wavelength"], tags.get("wavelength_units", "")
         elif match:
-            centre, unit = match.group(1), match.group(2)
+            centre, unit = match["centre"], match["unit"]
+            # a band has its ends within an octave, which tells 450-510 nm from the eighth band, 8 - 842 nm
+            if match["start"] and float(centre) / 2 <= float(match["start"]) < float(centre):
+                centre = str((float(match["start"]) + float(centre)) / 2)
         else:
             return None
         factor = next((factor for name, factor in _NANOMETRES.items() if unit.strip().lower().startswith(name)), None)
@@ -184,8 +201,19 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
     return Bands(check_wavelengths(centres, str(path)), None if np.isnan(known).any() else known)
 
 
-def _georeference(file: DatasetReader) -> Georeference | None:
+def bad_bands(file: DatasetReader) -> tuple[int, ...]:
+    """Returns the indices of the bands that the `bbl` of an ENVI header, a 1 or 0 for each band, gives up."""
+    marks = re.findall(r"[\d.]+", file.tags(ns="ENVI").get("bbl", ""))
+    return tuple(index for index, mark in enumerate(marks) if float(mark) == 0) if len(marks) == file.count else ()
+
+
+def georeference(file: DatasetReader, path: Path) -> Georeference | None:
+    """Returns the place of a file on the ground; None, with a word in the log where it has half of one."""
     if file.crs is None or file.transform.is_identity:
+        if file.gcps[0]:
+            logger.warning("%s: placed by control points alone, so its maps have no place; gdalwarp it before", path)
+        elif not file.transform.is_identity:
+            logger.warning("%s: a grid without crs, so its maps have no place; gdal_edit.py -a_srs names one", path)
         return None
     return Georeference(_crs_text(file), tuple(file.transform)[:6])
 
@@ -206,7 +234,30 @@ def _crs_text(file: DatasetReader) -> str:
     return str(file.crs.to_wkt())
 
 
-def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> None:
+def _put_together(paths: list[Path], first: DatasetReader, expected: CardShape) -> tuple[np.ndarray, Georeference]:
+    """Returns the values, NaN where no tile has one, and the place of the tiles of one scene."""
+    corners = []
+    # one after the other: a system opens only so many files at once
+    for path in paths:
+        with open_raster(path) as tile:
+            corners.append(_check_tile(first, tile, path))
+    ends = np.array(corners)
+    top, left = ends[:, :2].min(axis=0).tolist()
+    height, width = (ends[:, 2:].max(axis=0) - (top, left)).tolist()
+    check_size((height, width, first.count), expected, f"tiles in {paths[0].parent}")
+    values = np.full((first.count, height, width), np.nan, np.float32)
+    for path, (start, column, stop, end) in zip(paths, corners, strict=True):
+        place = values[:, start - top : stop - top, column - left : end - left]
+        with open_raster(path) as tile:
+            np.copyto(place, tile.read(masked=True, out_dtype="float32").filled(np.nan), where=np.isnan(place))
+    corner = first.transform @ (left, top)
+    return values, Georeference(
+        _crs_text(first), (first.transform.a, 0.0, corner[0], 0.0, first.transform.e, corner[1])
+    )
+
+
+def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> tuple[int, int, int, int]:
+    """Returns where a tile lies on the grid of the first: its first row and column, and those after its last ones."""
     if tile.crs is None or tile.transform.is_identity:
         raise DataError(f"{path}: a tile without georeference cannot be placed; give one file, or georeferenced tiles")
     for what, found, wanted in (
@@ -216,7 +267,12 @@ def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> None:
     ):
         if found != wanted:
             raise DataError(f"{path}: {what} {found} differs from {wanted} of {first.name}; tiles must agree")
+    if tile.transform.b or tile.transform.d or tile.transform.a < 0 or tile.transform.e > 0:
+        raise DataError(
+            f"{path}: a tile of a turned or mirrored grid; gdalwarp the tiles to north up, or give one file"
+        )
     column = (tile.transform.c - first.transform.c) / first.transform.a
     row = (tile.transform.f - first.transform.f) / first.transform.e
     if max(abs(column - round(column)), abs(row - round(row))) > GRID_TOLERANCE:
         raise DataError(f"{path}: lies {column:.2f} columns, {row:.2f} rows from {first.name}, not on its pixel grid")
+    return round(row), round(column), round(row) + tile.height, round(column) + tile.width

@@ -39,12 +39,14 @@ class Raster:
         bands: wavelengths in nanometres where the file has them.
         georeference: place on the ground where the file has it.
         nodata: value that marks missing pixels where the file names one.
+        bad_bands: indices of bands that the file says are of no use.
     """
 
     values: np.ndarray
     bands: Bands | None = None
     georeference: Georeference | None = None
     nodata: float | None = None
+    bad_bands: tuple[int, ...] = ()
 
 
 def check_size(shape: tuple[int, ...], expected: CardShape, source: str) -> None:
