@@ -169,6 +169,24 @@ def test_a_graph_leaves_brightness_out_as_its_run_does(repository, tmp_path, pat
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_nodata_of_the_card_is_no_value(repository, tmp_path, patches):
+    folder = tmp_path / "run"
+    shutil.copytree(patches[0], folder)
+    with (folder / "stripes.yaml").open("a") as file:
+        file.write("nodata: -32768.1\n")
+    config = OmegaConf.load(folder / "config.yaml")
+    config.data.card = str(folder / "stripes.yaml")
+    OmegaConf.save(config, folder / "config.yaml")
+    out, about = export(repository, folder, tmp_path / "model.pt2")
+    assert json.loads(about.read_text())["nodata"] == -32768.1
+    image = np.random.default_rng(5).normal(100, 30, (3, BANDS, SIDE, SIDE)).astype(np.float32)
+    image[1, :, 0, 3] = image[2, 2, 4, 4] = np.nan
+    # as float32 holds it
+    marked = np.where(np.isnan(image), np.float32(-32768.1), image)
+    found = command.run_file(out, torch.from_numpy(marked)).detach().numpy()
+    np.testing.assert_allclose(found, patches[1](image), rtol=1e-4, atol=1e-4 * np.abs(found).max())
+
+
 def test_what_a_user_has_to_know_is_told(patches, windows):
     told = command.describe(load_run(patches[0]), SIDE)
     assert told["input"] == {"name": "image", "dtype": "float32", "shape": ["batch", BANDS, SIDE, SIDE]}

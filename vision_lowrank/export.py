@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 class ScaledModel(nn.Module):
     """A run's model behind its scaling; a pixel without a value in every channel counts as the mean spectrum.
 
+    The card's nodata is no value; what a file of training may name itself, the run does not know.
+
     Args:
         run: its model becomes a part of this module.
 
@@ -63,13 +65,18 @@ class ScaledModel(nn.Module):
         self.register_buffer("gain", torch.from_numpy(scaling.gain)[:, None, None])
         self.register_buffer("matrix", torch.from_numpy(np.ascontiguousarray(matrix)))
         self.brightness = scaling.brightness
+        # as float32 holds it
+        self.nodata = None if run.card.nodata is None else float(np.float32(run.card.nodata))
         self.count = len(shared)
         for number, value in enumerate(shared):
             self.register_buffer(f"shared_{number}", value)
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps (B, C, S, S) to logits (B, K) or (B, K, S, S)."""
-        known = image.isfinite().all(dim=1, keepdim=True)
+        known = image.isfinite()
+        if self.nodata is not None:
+            known = known & (image != self.nodata)
+        known = known.all(dim=1, keepdim=True)
         if not self.brightness:
             # as `spectral_shape`
             image = image.clamp(min=1).log()
@@ -202,6 +209,7 @@ def describe(run: TrainedRun, side: int) -> dict[str, object]:
         "wavelengths": run.bands.wavelengths.tolist(),
         "channels_of_files": run.kept.tolist(),
         "gsd": run.card.gsd,
+        "nodata": run.card.nodata,
         "weights": run.digest,
     }
 
