@@ -15,6 +15,7 @@ from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
+from rich.progress import track
 
 from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.bands import Bands, check_wavelengths
@@ -24,6 +25,7 @@ from vision_lowrank.data.readers.geo import blank_masked, open_raster, read_band
 from vision_lowrank.data.scene import Scene, open_scene
 from vision_lowrank.data.spectral_shape import check_shapes, spectral_shape
 from vision_lowrank.errors import ConfigError, DataError
+from vision_lowrank.runs import process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +303,8 @@ class GeoTiffFolder(TileSource):
         if not found:
             raise DataError(f"{self.root}: no {what} match {self.pattern!r}; correct root or pattern")
         self._found = len(found)
-        headers = {path: header for path in found if (header := self._examine(path)) is not None}
+        tried = track(found, f"{self.root}: trying every file", transient=True, disable=process_rank() > 0)
+        headers = {path: header for path in tried if (header := self._examine(path)) is not None}
         self._check_damaged()
         if not headers:
             raise DataError(f"{self.root}: none of {len(found)} {what} can be read; fetch or copy them again")
