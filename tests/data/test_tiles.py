@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from rasterio.transform import from_origin
 
+from vision_lowrank.data import tiles as module
 from vision_lowrank.data.scene import open_scene
 from vision_lowrank.data.tiles import GeoTiffFolder, SceneTiles
 from vision_lowrank.errors import ConfigError, DataError
@@ -313,7 +314,10 @@ def test_a_header_that_makes_no_sense_counts_as_damage(folder, open_folder, tmp_
         open_folder(max_bad=0.0)
 
 
-def test_damaged_files_are_skipped_counted_and_named(folder, open_folder, tmp_path, caplog):
+@pytest.mark.parametrize("each", [3, 500])
+def test_damaged_files_are_skipped_counted_and_named(folder, open_folder, tmp_path, caplog, monkeypatch, each):
+    # with 3 files for each, several processes try them
+    monkeypatch.setattr(module, "FILES_EACH", each)
     names = ["3.tif", "5.tif"]
     damage(tmp_path / "scenes" / names[0])
     (tmp_path / "scenes" / names[1]).write_text("no raster")

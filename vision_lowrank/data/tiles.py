@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.bands import Bands, check_wavelengths
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 SUBSETS = ("train", "validation", "test")
 # files of one sensor may differ by this share in pixel size and wavelengths, which covers rounding
 TOLERANCE = 0.01
+# files that are tried before training by each process, of at most so many, and so many at once
+FILES_EACH, MOST_WORKERS, EXAMINED_AT_ONCE = 500, 16, 64
 # a band that more files lack than have would take every pixel of theirs out of use
 LEAST_PRESENCE = 0.5
 
@@ -303,8 +307,7 @@ class GeoTiffFolder(TileSource):
         if not found:
             raise DataError(f"{self.root}: no {what} match {self.pattern!r}; correct root or pattern")
         self._found = len(found)
-        tried = track(found, f"{self.root}: trying every file", transient=True, disable=process_rank() > 0)
-        headers = {path: header for path in tried if (header := self._examine(path)) is not None}
+        headers = self._examine_all(found)
         self._check_damaged()
         if not headers:
             raise DataError(f"{self.root}: none of {len(found)} {what} can be read; fetch or copy them again")
@@ -346,7 +349,7 @@ class GeoTiffFolder(TileSource):
                 with ExitStack() as stack:
                     return self._read(self._open(path, stack), row, column, self._kept)
             except (RasterioError, ValueError) as error:
-                self._report(path, error)
+                self._report(path, _detail(error))
                 self._check_damaged()
         return np.full((len(self.bands), self.size, self.size), np.nan, np.float32)
 
@@ -378,8 +381,24 @@ class GeoTiffFolder(TileSource):
                 part[part == np.float32(nodata)] = np.nan
         return tile
 
-    def _examine(self, path: Path) -> _Header | None:
-        """Reads headers and the first tile with values; None, and a line in the log, where that fails."""
+    def _examine_all(self, paths: Sequence[Path]) -> dict[Path, _Header]:
+        """Returns what the files tell, read by several processes where they are many; damage is told in the log."""
+        workers = min(os.cpu_count() or 1, MOST_WORKERS, len(paths) // FILES_EACH)
+        loader = DataLoader(_Examination(self, paths), EXAMINED_AT_ONCE, num_workers=workers, collate_fn=list)
+        silent = process_rank() > 0
+        told = itertools.chain.from_iterable(
+            track(loader, f"{self.root}: trying every file", transient=True, disable=silent)
+        )
+        headers = {}
+        for path, header in zip(paths, told, strict=True):
+            if isinstance(header, _Header):
+                headers[path] = header
+            else:
+                self._report(path, header)
+        return headers
+
+    def examine(self, path: Path) -> _Header | str:
+        """Reads headers and the first tile with values; returns what is wrong where that fails."""
         try:
             with ExitStack() as stack:
                 files = self._open(path, stack)
@@ -396,8 +415,7 @@ class GeoTiffFolder(TileSource):
                 bands = None if self.wavelengths is not None else _join(files, path)
                 return _Header(finest.shape, _metres(finest), bands, low, high)
         except (RasterioError, ValueError, DataError) as error:
-            self._report(path, error)
-            return None
+            return _detail(error)
 
     def _check_alike(self, headers: dict[Path, _Header]) -> Bands:
         """Returns the bands that all files have, after comparing number, wavelengths and pixel size; sets `gsd`."""
@@ -436,8 +454,8 @@ class GeoTiffFolder(TileSource):
         if lacking := int((~present[:, self._kept]).any(1).sum()):
             logger.warning("%s: %d training files lack a band that is used; no tile of theirs", self.root, lacking)
 
-    def _report(self, path: Path, error: Exception) -> None:
-        self.damaged[path] = " ".join(str(error.__cause__ or error).split())
+    def _report(self, path: Path, detail: str) -> None:
+        self.damaged[path] = detail
         logger.warning("%s: damaged, truncated or no raster, skipped (%s)", path, self.damaged[path])
 
     def _check_damaged(self) -> None:
@@ -447,6 +465,24 @@ class GeoTiffFolder(TileSource):
                 f"{self.root}: {len(self.damaged)} of {self._found} damaged, max_bad is {self.max_bad:g}; first {path} "
                 f"({detail}); fetch or copy them again"
             )
+
+
+class _Examination(Dataset[_Header | str]):
+    """What each file of a folder tells; text of errors, which reach the caller of a worker as tracebacks."""
+
+    def __init__(self, folder: GeoTiffFolder, paths: Sequence[Path]) -> None:
+        self.folder = folder
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> _Header | str:
+        return self.folder.examine(self.paths[index])
+
+
+def _detail(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def _samples(shape: tuple[int, int], size: int) -> list[tuple[int, int]]:
