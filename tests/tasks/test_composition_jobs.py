@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -149,6 +152,57 @@ def test_a_signal_to_end_stops_between_scenes(folder, run, monkeypatch):
     assert stopped.value.code == 143  # what a shell gives for a process that the signal ended
     assert (whole / "one.json").is_file()
     assert not (whole / "two.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("devices", "shares"), [(1, [[0, 2, 3, 4]]), (3, [[0, 4], [2], [3]]), (5, [[0], [2], [3], [4], []])]
+)
+def test_devices_share_what_the_first_of_them_found_left(tmp_path, monkeypatch, devices, shares):
+    jobs = [composition.Job(tmp_path, f"scene{number}", None, 8, 8, [7], 1, 1.0) for number in range(5)]
+
+    def finish(job):
+        for path in (*job.images, job.record):
+            path.touch()
+
+    finish(jobs[1])
+    told, found = [], []
+    strategy = SimpleNamespace(broadcast=lambda left: told.append(left) or told[0])
+    for rank in range(devices):
+        monkeypatch.setattr(composition, "current_place", lambda rank=rank: (rank, devices))
+        task = composition.Composition(SimpleNamespace(components={}), jobs)
+        task.trainer = SimpleNamespace(strategy=strategy)
+        found.append(list(task.predict_dataloader()))
+        # as if this device were done with a job before the next one looks
+        finish(jobs[found[0][0]])
+    assert found == shares
+
+
+@pytest.mark.slow
+def test_two_devices_make_what_one_makes(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "uneven")
+    # the first device is done long before the second
+    path = tmp_path / "uneven" / "two.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"steps": 60}))
+    scenes = f"scene=[{path.with_name('one.yaml')},{path}]"
+    command = [sys.executable, "-m", "vision_lowrank.compose", scenes, "device=cpu", "devices=2", "seeds=[3,4]"]
+
+    def together(*overrides):
+        done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    together(f"runs_root={tmp_path / 'together'}")
+    (whole,) = (tmp_path / "together").glob("*/*")
+    alone = run(scenes)
+    images = [f"{name}-seed{seed}.png" for name in ("one", "two") for seed in (3, 4)]
+    # fewer scenes than devices are left
+    for missing in ([], ["two.json", "two-seed3.png", "metrics.json"]):
+        for name in missing:
+            (whole / name).unlink()
+        if missing:
+            together(f"resume={whole}")
+        for name in images:
+            assert np.array_equal(np.asarray(Image.open(whole / name)), np.asarray(Image.open(alone / name)))
+        assert json.loads((whole / "metrics.json").read_text())["images"] == 4
 
 
 def test_what_cannot_go_together_is_refused(folder, run, tmp_path):

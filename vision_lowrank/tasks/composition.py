@@ -5,11 +5,13 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,10 +20,13 @@ from vision_lowrank.composer.methods import Plan
 from vision_lowrank.composer.render import decode, draw_noise, seeded
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.memory import PeakMemory
+from vision_lowrank.processes import current_place, share_of
 from vision_lowrank.runs import atomic_path, write_json
 
 # timesteps that models of diffusion are trained with
 MOST_STEPS = 1000
+# that a device waits for the others at the end: their jobs can be longer than its own
+LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Job:
 class Composition(L.LightningModule):
     """Composes a job a step and writes its files; jobs that are done already are left out.
 
-    `Trainer(...).predict(task)` needs no loader. Each device takes its share of the jobs.
+    `Trainer(..., use_distributed_sampler=False).predict(task)` needs no loader. Each device takes its share of the
+    jobs, which can be empty.
 
     Args:
         pipeline: of diffusers; the base model.
@@ -79,11 +85,14 @@ class Composition(L.LightningModule):
         self.pipeline = pipeline
         # registered here, so that they go to each process's device
         self.networks = nn.ModuleList(part for part in pipeline.components.values() if isinstance(part, nn.Module))
-        self.jobs = [job for job in jobs if not job.done]
+        self.jobs = jobs
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def predict_dataloader(self) -> DataLoader[int]:
-        """Returns the numbers of the jobs."""
-        numbers: Any = range(len(self.jobs))
+        """Returns the numbers of this device's share of the jobs that are not done."""
+        # one process looks for all: what the others find later would no longer be the same list
+        left = self.trainer.strategy.broadcast([number for number, job in enumerate(self.jobs) if not job.done])
+        numbers: Any = share_of(left, current_place())
         return DataLoader(numbers, batch_size=None)
 
     def predict_step(self, number: int, batch_index: int) -> int:
@@ -128,7 +137,7 @@ def check_sampling(where: str, steps: Any, guidance_scale: Any) -> None:
 
 
 def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, precision: str = "32-true") -> None:
-    """Runs jobs on some devices, with a progress bar where there are several.
+    """Runs jobs on some devices, with a progress bar where there are several; returns when all of them are done.
 
     Args:
         pipeline: of diffusers; the base model.
@@ -137,14 +146,17 @@ def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, 
         devices: how many of them.
         precision: Lightning's; "32-true" leaves each weight the type that it has.
     """
-    task = Composition(pipeline, jobs)
-    if not task.jobs:
+    left = sum(not job.done for job in jobs)
+    if not left:
         return
-    bar: list[Callback] = [RichProgressBar()] if len(task.jobs) > 1 else []
+    bar: list[Callback] = [RichProgressBar()] if left > 1 else []
+    strategy: str | Strategy = DDPStrategy(timeout=LONGEST_WAIT) if devices > 1 else "auto"
     accelerator = "gpu" if device.startswith("cuda") else device
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
+        strategy=strategy,
+        use_distributed_sampler=False,
         precision=cast(Any, precision),
         callbacks=bar,
         logger=False,
@@ -154,6 +166,8 @@ def run_jobs(pipeline: Any, jobs: Sequence[Job], device: str, devices: int = 1, 
         # the method needs gradients
         inference_mode=False,
     )
-    trainer.predict(task, return_predictions=False)
+    trainer.predict(Composition(pipeline, jobs), return_predictions=False)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    # what is made of the jobs needs those of all devices
+    trainer.strategy.barrier()
