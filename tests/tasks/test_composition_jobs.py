@@ -17,6 +17,7 @@ import yaml
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
 from PIL import Image
+from safetensors.torch import save_file
 
 from vision_lowrank import compose
 from vision_lowrank.composer.pipeline import build_pipeline
@@ -133,6 +134,40 @@ def test_files_of_a_scene_are_told_by_their_content():
     assert len(scene.files()) == 2
     for name, digest in scene.files().items():
         assert digest == hashlib.sha256((scene.folder / name).read_bytes()).hexdigest()
+
+
+def test_a_folder_of_peft_is_told_by_weights_and_scale(folder, run, tmp_path):
+    shutil.copytree(folder, tmp_path / "peft")
+    lora = tmp_path / "peft" / "lora"
+    lora.mkdir()
+    key = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    weights, config = lora / "adapter_model.safetensors", lora / "adapter_config.json"
+    save_file({f"{key}.lora_A.weight": torch.ones(2, 16), f"{key}.lora_B.weight": torch.ones(16, 2)}, weights)
+    config.write_text('{"r": 2, "lora_alpha": 8}')
+    path = tmp_path / "peft" / "one.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["regions"][0]["loras"] = ["lora"]
+    path.write_text(yaml.safe_dump(content))
+    expected = hashlib.sha256(weights.read_bytes() + config.read_bytes()).hexdigest()
+    assert load_scene(path).files() == {"lora": expected}
+    whole = run(f"scene={path}")
+    assert run(f"scene={path}", f"resume={whole}") == whole
+    config.write_text('{"r": 2, "lora_alpha": 9}')
+    with pytest.raises(ConfigError, match="scene one has other files now"):
+        run(f"scene={path}", f"resume={whole}")
+
+
+def test_settings_that_scale_nothing_tell_nothing(folder, tmp_path):
+    path = tmp_path / "one.yaml"
+    content = yaml.safe_load((folder / "one.yaml").read_text())
+    content["regions"][0]["loras"] = ["lora.safetensors"]
+    path.write_text(yaml.safe_dump(content))
+    key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {f"{key}.lora_A.weight": torch.ones(2, 16), f"{key}.lora_B.weight": torch.ones(16, 2)}
+    save_file(factors | {f"{key}.alpha": torch.tensor(3)}, tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    expected = hashlib.sha256((tmp_path / "lora.safetensors").read_bytes()).hexdigest()
+    assert load_scene(path).files() == {"lora.safetensors": expected}
 
 
 def test_a_signal_to_end_stops_between_scenes(folder, run, monkeypatch):

@@ -66,6 +66,7 @@ class LoraWeights:
         tokens: embeddings (layers, width) by token; more than one row where each cross-attention layer has its own,
             in the order in which the UNet runs them: down, middle, up.
         tokens_2: the same for the second text encoder.
+        files: that all this was read from: the weights, and settings beside them that scale one of them.
     """
 
     unet: Mapping[str, LowRank] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class LoraWeights:
     text_encoder_2: Mapping[str, LowRank] = field(default_factory=dict)
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     tokens_2: Mapping[str, Tensor] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
 
 def read_lora(path: str | Path) -> LoraWeights:
@@ -113,7 +115,8 @@ def read_lora(path: str | Path) -> LoraWeights:
     changes: dict[str, dict[str, LowRank]] = {component: {} for component in COMPONENTS}
     for (component, module), parts in found.items():
         changes[component][module] = _low_rank(tensors, parts, settings, file)
-    return LoraWeights(**cast(Any, changes | tokens))
+    files = (file, settings.config) if settings.beside_scales else (file,)
+    return LoraWeights(**cast(Any, changes | tokens), files=files)
 
 
 def write_lora(lora: LoraWeights, path: str | Path) -> None:
@@ -203,6 +206,7 @@ class _Settings:
         self.file, self.config = file, file.with_name(_CONFIG)
         self.inside = _parse(metadata.get(_DIFFUSERS_SETTINGS, "{}"), f"{file}, metadata {_DIFFUSERS_SETTINGS}")
         self.beside = _parse(self.config.read_bytes(), str(self.config)) if self.config.is_file() else {}
+        self.beside_scales = False
 
     def scale(self, place: Place, rank: int, of_peft: bool) -> float:
         """Returns the scale of a layer whose file has no alpha, 1 without settings; those beside it are of peft."""
@@ -211,6 +215,7 @@ class _Settings:
         settings, source = (inside, self.file) if inside else (self.beside if of_peft else {}, self.config)
         if not settings:
             return 1.0
+        self.beside_scales |= source == self.config
         try:
             lora = lora_from_config(settings, place.path, str(source))
         except AdapterError as error:

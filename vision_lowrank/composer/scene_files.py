@@ -121,9 +121,18 @@ class LoadedScene:
         return [(self.loras[entry.file], entry.strength) for entry in entries]
 
     def files(self) -> dict[str, str]:
-        """Returns the sha256 of its LoRAs and of the images of its conditions, by path as written in the scene."""
-        names = [*self.loras, *(entry.image for entry in self.file.conditions)]
-        return {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in names}
+        """Returns the sha256 of its LoRAs and of the images of its conditions, by path as written in the scene.
+
+        That of a LoRA with settings beside it is over both files, one after the other.
+        """
+        files: dict[str, tuple[Path, ...]] = {
+            entry.image: (self.folder / entry.image,) for entry in self.file.conditions
+        }
+        files |= {name: lora.files for name, lora in self.loras.items()}
+        return {
+            name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+            for name, paths in files.items()
+        }
 
     def conditions(self, unet: Any) -> list[Condition]:
         """Loads models and images of the conditions at the first call; errors are those of `load_condition`."""
