@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from composer_zoo import TOKENS, WIDTH, build_unet, lora, noise, scene
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
+from vision_lowrank.composer.attention import Maps
 from vision_lowrank.composer.losses import CONSTANTS, Constants
-from vision_lowrank.composer.sampler import Settings, compose
+from vision_lowrank.composer.sampler import Settings, compose, reinitialise
 
 LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
@@ -209,10 +211,11 @@ def slow_windows(latents, log, scene, settings, standard):
         for y in range(2 * tall):
             for x in range(2 * wide):
                 to = (2 * cells[0] + y, 2 * cells[1] + x)
-                patches.setdefault(to, []).append(latents[:, :, 2 * row + y, 2 * column + x])
+                patches.setdefault(to, []).append((2 * row + y, 2 * column + x))
     for (y, x), found in patches.items():
-        own = settings.overlaps == "own"
-        out[:, :, y, x] = sum(found) / math.sqrt(len(found)) if own else found[-1]
+        # of the original the last one; else each latent that comes here, once, in the order of regions
+        sources = list(dict.fromkeys(found)) if settings.overlaps == "own" else found[-1:]
+        out[:, :, y, x] = sum(latents[:, :, *source] for source in sources) / math.sqrt(len(sources))
     mean, deviation = (0, standard) if settings.constants.moments == "normal" else (latents.mean(), latents.std())
     return (out - out.mean()) / out.std() * deviation + mean
 
@@ -304,6 +307,28 @@ def test_guidance_is_as_strong_where_latents_are_scaled_up(unet, kind):
     assert (moved[0] - moved[1]).norm() < 0.4 * moved[0].norm()
 
 
+def test_boxes_that_are_moved_alike_bring_their_noise_once():
+    # positions of the maps are latents; what is strongest is one row below each box, for the last one two
+    boxes = {(0, 0, 2, 4): (1, 0), (1, 1, 3, 5): (2, 1), (1, 2, 3, 4): (3, 2)}
+    cross = []
+    for (top, left, bottom, right), (row, column) in boxes.items():
+        attention = torch.zeros(2, 6, 8, 1)
+        attention[:, row : row + bottom - top, column : column + right - left] = 1
+        cross.append(attention)
+    places = SimpleNamespace(cells=list(boxes), overlaps="own")
+    regions = [SimpleNamespace(tokens=[0])] * 3
+    model = SimpleNamespace(map_factor=1, places=lambda size: places, scene=SimpleNamespace(regions=regions))
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one, two = latents.roll(-1, 2), latents.roll(-2, 2)
+    expected = latents.clone()
+    expected[..., 0:2, 0:4] = one[..., 0:2, 0:4]
+    expected[..., 1:3, 1:5] = one[..., 1:3, 1:5]
+    expected[..., 1:3, 2:4] = (one + two)[..., 1:3, 2:4] / math.sqrt(2)
+    found = reinitialise(latents, Maps(cross, None), model, None)
+    for image, old, laid in zip(found, latents, expected, strict=True):
+        torch.testing.assert_close(image, (laid - laid.mean()) / laid.std() * old.std() + old.mean())
+
+
 CASES = {
     "code, two concepts": (2, {}, {}, DPMSolverMultistepScheduler),
     "paper, two concepts": (2, {"constants": CONSTANTS["paper"]}, {}, DPMSolverMultistepScheduler),
@@ -315,6 +340,7 @@ CASES = {
         {},
         DPMSolverMultistepScheduler,
     ),
+    "the same concept twice in one box": (3, {}, {"twice": True}, DPMSolverMultistepScheduler),
     "background": (2, {}, {"background": True}, DPMSolverMultistepScheduler),
     "without injection": (2, {"injection": False}, {}, DPMSolverMultistepScheduler),
     "without mask and fill": (2, {"self_mask": False, "fill": False}, {}, DPMSolverMultistepScheduler),
@@ -338,7 +364,10 @@ def test_composition_is_that_of_the_slow_method(unet, case):
         endings = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2")
         extra["background"] = [(lora(unet, 9, endings), 0.6)]
     settings = Settings(map_factor=2, **options)
+    twice = extra.pop("twice", False)
     composed_scene = scene(unet, count, **extra)
+    if twice:
+        composed_scene = replace(composed_scene, regions=[*composed_scene.regions, composed_scene.regions[0]])
     # the second scheduler, which scales its latents in float64, takes two timesteps a step but the first
     steps = 5 if kind is DPMSolverMultistepScheduler else 3
     found = compose(unet, kind(), composed_scene, noise(), steps, 3.0, settings)

@@ -222,7 +222,8 @@ def goes_on(losses: Sequence[Tensor], constants: Constants) -> Tensor:
 def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tuple[Tensor, Tensor] | None) -> Tensor:
     """Copies, for each region, the part of the latent that its concept attends to most into its box.
 
-    Where boxes overlap, the parts are added and kept as strong as one; with the original's policy the last one stays.
+    Where boxes overlap, the parts are added and kept as strong as one, those of boxes that are moved alike once; with
+    the original's policy the last one stays.
 
     Args:
         latents: (S, channels, height, width).
@@ -233,6 +234,8 @@ def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tupl
     factor = model.map_factor
     places = model.places(maps.size)
     out, layers = latents.clone(), torch.zeros_like(latents)
+    # by image and distance to the source: where a part from there is in
+    filled: dict[tuple[int, int, int], Tensor] = {}
     for region, cross, cells in zip(model.scene.regions, maps.cross, places.cells, strict=True):
         if cells is None:
             continue
@@ -248,8 +251,13 @@ def reinitialise(latents: Tensor, maps: Maps, model: RegionalUNet, moments: tupl
             rows, columns = (min(target.shape[axis], source.shape[axis]) for axis in (1, 2))
             part = (slice(None), slice(rows), slice(columns))
             if places.overlaps == "own":
-                target[part] = torch.where(layer[part] > 0, target[part], 0) + source[part]
-                layer[part] += 1
+                shift = (image, row - top, column - left)
+                known = filled.setdefault(shift, torch.zeros_like(out[image], dtype=torch.bool))[box][part]
+                both = torch.where(layer[part] > 0, target[part], 0) + source[part]
+                # the same noise twice would not be independent
+                target[part] = torch.where(known, target[part], both)
+                layer[part] += ~known
+                known[:] = True
             else:
                 target[part] = source[part]
     # the sum of independent noise is as strong as one of its parts after division by the root of their number
