@@ -1,6 +1,7 @@
 """Scenes drawn at random, and the whole benchmark on pictures of which the outcome is known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,16 +9,18 @@ import torch
 import yaml
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from vision_lowrank import composition_benchmark
 from vision_lowrank.composer.lora_files import LoraWeights, write_lora
 from vision_lowrank.composer.pipeline import build_pipeline
-from vision_lowrank.composition_benchmark import draw_scenes, run_composition, scene_content
+from vision_lowrank.composition_benchmark import Options, draw_scenes, run_composition, scene_content
 from vision_lowrank.data.sprite_modules import to_tensor
 from vision_lowrank.data.sprites import BACKGROUNDS, HELD_OUT, SIDE, Placed, concept_tokens, draw, vocabulary
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models.sprite_classifier import Found
+from vision_lowrank.records import make_record
 from vision_lowrank.runs import write_json
 
 CONCEPTS = sorted(HELD_OUT)
@@ -173,6 +176,16 @@ def test_worlds_that_lack_something_are_refused(configure, tmp_path, monkeypatch
     monkeypatch.setattr(composition_benchmark, "load_classifier", lambda folder: None)
     with pytest.raises(ConfigError, match="has LoRAs of 0 held-out sprites"):
         run_composition(configure(f"benchmark.world={tmp_path}"))
+
+
+def test_numbers_of_concepts_without_scenes_are_left_out(configure):
+    section = OmegaConf.to_container(configure().benchmark)
+    # without sizes for four, which no scene has
+    section |= {"scenes": {2: 14, 3: 10, 4: 0}, "sizes": {2: [28, 36], 3: [26, 30]}}
+    assert make_record(Options, section, "benchmark", ConfigError).scenes == {2: 14, 3: 10}
+    for scenes in ({}, {2: 0, 3: 0}, {2: 5, 3: -1}):
+        with pytest.raises(ConfigError, match=re.escape(f"benchmark.scenes is {scenes}; give numbers of scenes by")):
+            make_record(Options, section | {"scenes": scenes}, "benchmark", ConfigError)
 
 
 def test_a_sheet_of_unknown_rows_is_refused(configure, world, monkeypatch):

@@ -73,6 +73,8 @@ class Variant:
 class Options:
     """The section `benchmark` of a configuration; see `configs/benchmark/composition.yaml`.
 
+    Numbers of concepts of which there are 0 scenes are left out.
+
     Raises:
         ConfigError: a value is out of range, or the sheet shows what is no row.
     """
@@ -91,8 +93,11 @@ class Options:
     sheet_scenes: int
 
     def __post_init__(self) -> None:
-        if not self.scenes or min(self.scenes.values()) < 1:
-            raise ConfigError(f"benchmark.scenes is {self.scenes}; give a number of scenes by number of concepts")
+        if min(self.scenes.values(), default=0) < 0 or not any(self.scenes.values()):
+            raise ConfigError(
+                f"benchmark.scenes is {self.scenes}; give numbers of scenes by number of concepts, one of them above 0"
+            )
+        object.__setattr__(self, "scenes", {count: scenes for count, scenes in self.scenes.items() if scenes})
         if unsized := [count for count in self.scenes if len(self.sizes.get(count, ())) != 2]:
             raise ConfigError(
                 "benchmark.sizes has no smallest and largest size of boxes for scenes of "
