@@ -104,6 +104,13 @@ def test_layouts_stay_inside_and_apart():
         lay_out(BASE[:2], generator, (32, 40), overlap=0, gap=2)
 
 
+def test_layouts_without_room_end(monkeypatch):
+    monkeypatch.setattr(sprites, "LAYOUTS", 30)
+    # only in the four corners, 2 apart: nobody draws that
+    with pytest.raises(ConfigError, match="4 sprites of 31 to 31 pixels, 2 apart: none of 30 layouts had room for all"):
+        lay_out(BASE[:4], np.random.default_rng(0), (31, 31), overlap=0, gap=2)
+
+
 def test_pictures_follow_from_seed_epoch_and_index():
     one, again = SpriteDataset(50, seed=1).picture(7), SpriteDataset(50, seed=1).picture(7)
     np.testing.assert_array_equal(one.image, again.image)

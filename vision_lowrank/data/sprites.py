@@ -49,6 +49,8 @@ LARGEST = {1: SIDE, 2: 40, 3: 30, 4: 28}
 OVERLAP = 0.1
 # places that are tried for a sprite before the layout begins anew
 TRIES = 20
+# layouts that are begun; 4 sprites of 24 to 28 pixels, 2 apart, take 31 in the mean
+LAYOUTS = 50_000
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def lay_out(
             least so far apart, along one of the sides.
 
     Raises:
-        ConfigError: there are no sprites, too many, or they cannot be so large and so far apart.
+        ConfigError: there are no sprites, too many, or they cannot be so large and so far apart, or hardly ever are.
     """
     if len(names) not in LARGEST:
         raise ConfigError(f"{len(names)} sprites do not fit a picture; give 1 to {max(LARGEST)}")
@@ -187,10 +189,9 @@ def lay_out(
         raise ConfigError(
             f"sprites of {smallest} to {largest} pixels, {gap} apart: a picture has {SIDE}, so give sizes up to {most}"
         )
-    placed: list[Placed] = []
-    while len(placed) < len(names):
+    for _ in range(LAYOUTS):
         # the whole layout anew, since the first sprites may leave no room for the last
-        placed = []
+        placed: list[Placed] = []
         for name in names:
             for _ in range(TRIES):
                 size = int(generator.integers(smallest, largest + 1))
@@ -201,7 +202,12 @@ def lay_out(
                     break
             else:
                 break
-    return tuple(placed)
+        else:
+            return tuple(placed)
+    raise ConfigError(
+        f"{len(names)} sprites of {smallest} to {largest} pixels, {gap} apart: none of {LAYOUTS} layouts had room for "
+        "all; give smaller sizes, or a smaller gap"
+    )
 
 
 def _covered(one: Placed, other: Placed, gap: int) -> float:
