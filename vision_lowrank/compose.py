@@ -23,6 +23,8 @@ from vision_lowrank.runs import atomic_path, check_command, checked_seeds, open_
 from vision_lowrank.tasks.composition import Job, check_sampling, run_jobs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# files that a run has beside those of its scenes
+OWN_FILES = ("scenes", "metrics", "provenance")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def run(config: DictConfig) -> Path:
     scenes = [load_scene(name) for name in names]
     if len({scene.name for scene in scenes}) < len(scenes) or len({scene.base for scene in scenes}) > 1:
         raise ConfigError(f"scene={names}: several scenes need names of their own and one base")
+    if taken := [scene.name for scene in scenes if scene.name in OWN_FILES]:
+        raise ConfigError(f"scene={names}: {taken[0]}.json is a file of the run itself; give the scene another name")
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype={config.dtype}: it can be {', '.join(DTYPES)}")
     seeds = checked_seeds([config.seed] if config.seeds is None else config.seeds)

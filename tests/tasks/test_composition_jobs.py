@@ -248,6 +248,14 @@ def test_what_cannot_go_together_is_refused(folder, run, tmp_path):
         run(f"scene={folder / 'one.yaml'}", f"resume={tmp_path}")
 
 
+@pytest.mark.parametrize("name", ["scenes", "metrics", "provenance"])
+def test_scenes_leave_the_files_of_the_run_alone(folder, run, tmp_path, name):
+    shutil.copy(folder / "one.yaml", tmp_path / f"{name}.yaml")
+    with pytest.raises(ConfigError, match=rf"{name}\.json is a file of the run itself; give the scene another name"):
+        run(f"scene={tmp_path / name}.yaml")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_peak_memory_is_that_of_the_block():
     with PeakMemory(torch.device("cpu")) as outer:
         np.ones(25_000_000)
