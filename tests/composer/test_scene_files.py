@@ -141,6 +141,14 @@ def test_settings_by_name():
         ({"region": {"loras": []}}, "neither loras nor a subject"),
         ({"region": {"loras": ["nowhere.safetensors"]}}, "nowhere.safetensors"),
         ({"region": {"loras": ["OTHER"]}}, "other.safetensors: the LoRA changes layer"),
+        (
+            {"region": {"loras": [{"file": "ai.safetensors", "strength": float("nan")}]}},
+            r"regions\[0\]: ai\.safetensors has strength nan; give a finite number",
+        ),
+        (
+            {"background": [{"file": "ai.safetensors", "strength": float("-inf")}]},
+            r"background: ai\.safetensors has strength -inf; give a finite number",
+        ),
         ({"prompt": "a dog and " * 5}, "the text encoder takes 10"),
         ({"settings": {"regoin": False}}, "settings: unknown key regoin, did you mean region"),
         ({"settings": {"constants": "papers"}}, "preset of constants 'papers'; it can be code or paper"),

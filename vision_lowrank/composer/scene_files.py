@@ -5,6 +5,7 @@ fractions of the image if none is above 1, otherwise pixels.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,7 +180,12 @@ def load_scene(name_or_path: str | Path) -> LoadedScene:
             raise ConfigError(
                 f"{where}: regions[{index}] has neither loras nor a subject; say which words are the concept"
             )
-    files = {entry.file for entries in (scene.background, *(item.loras for item in scene.regions)) for entry in entries}
+    loras = {"background": scene.background, **{f"regions[{i}]": item.loras for i, item in enumerate(scene.regions)}}
+    for place, entries in loras.items():
+        for entry in entries:
+            if not math.isfinite(entry.strength):
+                raise ConfigError(f"{where}: {place}: {entry.file} has strength {entry.strength}; give a finite number")
+    files = {entry.file for entries in loras.values() for entry in entries}
     return LoadedScene(scene, path.stem, path.parent, {name: read_lora(path.parent / name) for name in sorted(files)})
 
 
