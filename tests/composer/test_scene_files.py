@@ -152,6 +152,10 @@ def test_settings_by_name():
         ({"prompt": "a dog and " * 5}, "the text encoder takes 10"),
         ({"settings": {"regoin": False}}, "settings: unknown key regoin, did you mean region"),
         ({"settings": {"constants": "papers"}}, "preset of constants 'papers'; it can be code or paper"),
+        (
+            {"settings": {"constants": {"preset": ["code"]}}},
+            r"scene two: preset of constants \['code'\]; it can be code or paper",
+        ),
         ({"settings": {"constants": {"top": 2}}}, "top is 2"),
         ({"height": 33}, "33 x 32 pixels; this model makes multiples of 2"),
         ({"steps": 0}, "give 1 or more"),

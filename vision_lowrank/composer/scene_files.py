@@ -276,7 +276,7 @@ def make_settings(options: Mapping[str, Any], where: str) -> Settings:
     """
     changes = constants_of(options)
     preset = changes.pop("preset", "code")
-    if preset not in CONSTANTS:
+    if not isinstance(preset, str) or preset not in CONSTANTS:
         raise ConfigError(f"{where}: preset of constants {preset!r}; it can be {' or '.join(CONSTANTS)}")
     numbers = {**asdict(CONSTANTS[preset]), **changes}
     return make_record(Settings, {**options, "constants": numbers}, f"{where}: settings", ConfigError)
