@@ -145,6 +145,9 @@ def test_regional_prompting_has_no_constraints(scene, pipeline, noise):
     expected = compose(pipeline.unet, pipeline.scheduler, prepare(scene, pipeline), noise, STEPS, SCALE, bare)
     assert torch.equal(composed("regional", scene, pipeline, noise).latents, expected.latents)
     assert not torch.equal(composed("composer", scene, pipeline, noise).latents, expected.latents)
+    # but it takes the scene's LoRAs in all layers
+    everything = Settings(all_layers=True, negative_loras=False, norm_mask=True, map_factor=2)
+    assert plan("regional", scene, pipeline, everything).settings == replace(bare, all_layers=True)
 
 
 def test_one_strength_for_the_whole_image_is_not_two(scene, pipeline):

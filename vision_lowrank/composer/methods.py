@@ -1,8 +1,8 @@
 """Ways to compose a scene: LoRA-Composer, and what it is compared with, behind one interface.
 
 - composer: regions with losses, as `Settings` says.
-- regional: regions have their own prompts and LoRAs in cross-attention, and nothing else (after Mix-of-Show, arXiv
-  2305.18292).
+- regional: regions have their own prompts and LoRAs in cross-attention, without losses, masks and new noise (after
+  Mix-of-Show, arXiv 2305.18292); with the scene's `all_layers` they have their LoRAs in all layers, which is ours.
 - prompt: the joined prompt and the base's weights; only the concepts' tokens are known.
 - merge: the joined prompt and the sum of all LoRAs' changes, as `set_adapters` of diffusers.
 - switch: the joined prompt and one LoRA at a time, the next one after five steps (arXiv 2402.16843, section 3.2).
@@ -106,7 +106,7 @@ def plan(method: str, scene: LoadedScene, pipeline: Any, settings: Settings) -> 
     if method not in METHODS:
         raise ConfigError(f"method={method}: it can be {', '.join(METHODS)}")
     if method != "composer":
-        # the others are what their papers say
+        # the others are what their papers say, but for `all_layers` of regional
         settings = replace(
             settings,
             injection=True, negative_loras=True,
