@@ -12,6 +12,7 @@ import peft
 import pytest
 import timm
 import torch
+import torchvision
 from adapter_zoo import perturb
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -469,6 +470,82 @@ def test_refusals(make, name, settings, message):
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def make_beit(**settings):
+    return timm.models.beit.Beit(
+        img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3, **settings
+    )
+
+
+def make_eva(**settings):
+    return timm.models.eva.Eva(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3, **settings)
+
+
+def make_swin_v2():
+    return timm.models.swin_transformer_v2.SwinTransformerV2(
+        img_size=16, patch_size=4, window_size=4, embed_dim=16, depths=(1,), num_heads=(2,), num_classes=3
+    )
+
+
+def make_torchvision_swin():
+    return torchvision.models.swin_transformer.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3)
+
+
+def separate(model):
+    model.blocks[0].attn.qkv_bias_separate = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "owner"),
+    [
+        (make_beit, "attn.qkv", "Attention"),
+        (make_eva, "attn.qkv", "EvaAttention"),
+        (make_swin_v2, "attn.qkv", "WindowAttention"),
+        (make_torchvision_swin, "attn.qkv", "ShiftedWindowAttention"),
+        (make_torchvision_swin, "attn.proj", "ShiftedWindowAttention"),
+    ],
+)
+def test_layers_whose_weight_is_read_are_refused(make, target, owner):
+    with pytest.raises(AdapterError, match=f"{target}' belongs to a {owner}, whose forward reads its weight.*leave"):
+        inject_peft(make(), "lora", target, rank=2)
+
+
+class Casts(nn.Module):
+    """Looks at the type of a weight and calls its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(768, 3)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1).to(self.fc.weight.dtype))
+
+
+# typed in, as in a shell: there is no source to look at
+TYPED = {"Casts": Casts}
+exec("class Typed(Casts):\n    def forward(self, x):\n        return self.fc(x.flatten(1))", TYPED)
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (make_beit, "attn.proj"),
+        (lambda: make_beit(qkv_bias=False), "attn.qkv"),
+        (lambda: separate(make_beit()), "attn.qkv"),
+        (lambda: make_eva(qkv_bias=False), "attn.qkv"),
+        (Casts, "fc"),
+        (TYPED["Typed"], "fc"),
+    ],
+)
+def test_layers_that_are_called_are_taken(make, target):
+    torch.manual_seed(0)
+    model = inject_peft(make(), "lora", target, rank=2)
+    model(IMAGES).square().sum().backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if "lora_B" in key}
+    assert len(gradients) == 1
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 def test_one_kind_of_adapters_a_model():

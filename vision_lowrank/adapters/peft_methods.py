@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
 from vision_lowrank.adapters.methods import check_alpha, check_rank
-from vision_lowrank.adapters.targets import Targets, check_layers, find_modules, find_targets, named_like
+from vision_lowrank.adapters.targets import Targets, by_passes, check_layers, find_modules, find_targets, named_like
 from vision_lowrank.errors import AdapterError
 
 if TYPE_CHECKING:  # peft brings transformers with it, which takes seconds to import
@@ -183,6 +183,7 @@ def inject_peft(
     paths = find_targets(model, targets)
     for path, layer in check_layers(model, paths).items():
         _check_layer(name, tuner, rank, path, layer)
+        _check_owner(name, model, path)
     heads = find_modules(model, train)
     _check_heads(model, paths, heads)
     if name == "eva":
@@ -296,6 +297,18 @@ def _check_layer(name: str, tuner: PeftMethod, rank: int, path: str, layer: Base
     if not fits(rank, outputs, inputs):
         raise AdapterError(
             f"{name} rank={rank} on layer {path!r} with {outputs} outputs and {inputs} inputs: it has to be {words}"
+        )
+
+
+def _check_owner(name: str, model: nn.Module, path: str) -> None:
+    """Refuses a layer whose owner reads its weight: peft's layer then gives that of the base and learns nothing."""
+    owner_path, _, child = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    if by_passes(owner, child):
+        raise AdapterError(
+            f"layer {path!r} belongs to a {type(owner).__name__}, whose forward reads its weight without calling it, "
+            f"so {name} of peft would do nothing: leave it out of the targets, or, where timm has that switch, set "
+            "qkv_bias_separate = True on its owner"
         )
 
 

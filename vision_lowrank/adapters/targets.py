@@ -1,6 +1,7 @@
 """Which layers of a model a user means: name suffixes, globs, regular expressions or a function, and parts of them."""
 
 import difflib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,6 +148,23 @@ def check_layers(model: nn.Module, paths: Sequence[str]) -> dict[str, BaseLayer]
                 "leave the layer out of the targets or untie the weight"
             )
     return layers
+
+
+def by_passes(owner: nn.Module, child: str) -> bool:
+    """Whether an owner's forward takes the weight of a child without calling it, as far as its source tells.
+
+    Not so where it looks at the weight's type, device or shape only. timm's attentions (BEiT, EVA-02, Swin V2) both
+    call their fused layer and read it: what they do depends on their settings.
+    """
+    try:
+        source = inspect.getsource(type(owner).forward)
+    except (OSError, TypeError):  # built in, or typed in
+        return False
+    layer = rf"\bself\.{re.escape(child)}"
+    if not re.search(rf"{layer}\.weight\b(?!\.(dtype|device|shape)\b)", source):
+        return False
+    biased = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return biased or re.search(rf"{layer}\(", source) is None
 
 
 def as_sequence(targets: Targets) -> Sequence[Target]:
