@@ -124,6 +124,19 @@ def test_lost_style_keeps_leading_directions_and_the_columns_that_lose_most():
     torch.testing.assert_close(whole(x), dense(x))
 
 
+def test_lost_style_weight_within_autocast():
+    model = linear().float()
+    to_lost_style(model, "0", rank=2, columns=3)
+    layer = model[0]
+    expected = (layer.up @ layer.down).detach().index_add(1, layer.channels, layer.columns.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weight = layer.weight
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.float(), expected, rtol=0.02, atol=0.01)
+    weight.float().sum().backward()
+    torch.testing.assert_close(layer.columns.grad, torch.ones(7, 3))
+
+
 def test_back_to_dense():
     toy = make_toy()
     to_low_rank(toy, "mlp.0", rank=2, alpha=4)

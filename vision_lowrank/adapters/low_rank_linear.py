@@ -131,7 +131,8 @@ class LostStyleLinear(LowRankLinear):
     @property
     def weight(self) -> Tensor:
         """The (out, in) weight, differentiable."""
-        return super().weight.index_add(1, self.channels, self.columns)
+        weight = super().weight  # within autocast in its precision
+        return weight.index_add(1, self.channels, self.columns.to(weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out)."""
