@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vision_lowrank import __version__, adapters
-from vision_lowrank.adapters import GatedLoRA, LoRA, export_lora, inject, load_adapter, save_adapter
+from vision_lowrank.adapters import NOLA, FlyLoRA, GatedLoRA, LoRA, export_lora, inject, load_adapter, save_adapter
 from vision_lowrank.errors import AdapterError
 
 
@@ -306,6 +306,11 @@ def tensors(change):
 A0 = "base_model.model.mlp.0.lora_A.weight"
 
 
+def own(**settings):
+    """Edit of the settings of one layer of ours."""
+    return edit(peft_type="VISION_LOWRANK", layers={"mlp.0": settings})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -346,6 +351,67 @@ def test_bad_files(saved, damage, message):
     assert str(folder) in str(error.value) or "method" in str(error.value)
     assert set(plain.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+HUGE = 10**13  # numbers that no machine has room for
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit(r=HUGE), rf"has shape \(2, 6\), the model and adapter_config.json ask for \({HUGE}, 6\)"),
+        (edit(rank_pattern={r"mlp\.2": HUGE}), rf"has shape \(2, 10\), .* ask for \({HUGE}, 10\)"),
+        (edit(r=10**18), r"no tensor can be as large as LoRA\(rank=1000000000000000000"),
+        (edit(lora_alpha=10**400), "alpha=1000.*: give a finite number"),
+        (edit(lora_alpha="8"), "alpha='8': give a finite number"),
+        (edit(lora_dropout="x"), "LoRA dropout='x': give a probability"),
+        (edit(lora_dropout=None), "LoRA dropout=None: give a probability"),
+        (edit(use_rslora="no"), "LoRA rslora='no': give True or False"),
+        (edit(rank_pattern={"(": 3}), r"pattern .* of rank_pattern or alpha_pattern is none \(missing \)"),
+        (edit(alpha_pattern=[1]), r"alpha_pattern=\[1\] is no mapping of patterns"),
+        (edit(modules_to_save="head"), "modules_to_save='head' in adapter_config.json is no list of names"),
+        (edit(modules_to_save=[5]), r"modules_to_save=\[5\] in adapter_config.json is no list of names"),
+        (edit(peft_type="VISION_LOWRANK", layers=[1]), r"layers=\[1\] is no mapping of layers"),
+        (
+            edit(peft_type="VISION_LOWRANK", layers={"mlp.0": [1]}),
+            r"settings \[1\] of an adapter method: give a mapping",
+        ),
+        (own(method=["LoRA"]), r"unknown adapter method \['LoRA'\]"),
+        (own(method="NOLA", rank=11, alpha=1, terms=1), "NOLA rank=11 .* a file may ask for 10, the larger side"),
+        (own(method="NOLA", rank=2, alpha=1, terms=HUGE), "is neither part of"),
+        (own(method="Hydra", rank=2, scale=1, dropout=[]), r"Hydra dropout=\[\]: give a probability"),
+        (tensors(lambda t: t.update({A0: t[A0].int()})), "lora_A.weight holds torch.int32, the model torch.float32"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not valid JSON"),
+    ],
+)
+def test_settings_are_compared_before_anything_is_made_of_them(saved, damage, message):
+    test_bad_files(saved, damage, message)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "shape"),
+    [
+        (NOLA(2, 4, terms=3), "nola_alpha", "(3,)"),
+        (FlyLoRA(2, 4, active=1), "fly_A", "(2, 6)"),
+    ],
+)
+def test_methods_that_draw_numbers_draw_none_for_a_file_of_other_shapes(toy, method, key, shape, tmp_path):
+    plain = copy.deepcopy(toy)
+    inject(toy, "mlp.0", method)
+    save_adapter(toy, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(
+        text.replace('"terms": 3', f'"terms": {HUGE}').replace('"rank": 2', f'"rank": {HUGE}', key == "fly_A")
+    )
+    with pytest.raises(AdapterError) as error:
+        load_adapter(plain, tmp_path)
+    asked = f"({HUGE},)" if key == "nola_alpha" else f"({HUGE}, 6)"
+    assert f"{key} has shape {shape}, the model and adapter_config.json ask for {asked}" in str(error.value)
+    # and what fits is loaded to the last bit
+    config.write_text(text)
+    load_adapter(plain, tmp_path)
+    assert torch.equal(plain(VOLUME), toy(VOLUME))
 
 
 def test_missing_setting_is_named(saved):

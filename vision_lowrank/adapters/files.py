@@ -1,7 +1,9 @@
 """Adapters on disk, in peft's layout (see `peft_layout`): as they are, to go on with, or as ordinary LoRAs."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from vision_lowrank import __version__
 from vision_lowrank.adapters.injection import adapted_layers, attach, trained_modules
-from vision_lowrank.adapters.layers import AdaptedLayer, Adapter
+from vision_lowrank.adapters.layers import AdaptedLayer, Adapter, BaseLayer
 from vision_lowrank.adapters.methods import LoRA, Method, blank
 from vision_lowrank.adapters.peft_layout import (
     OWN_TYPE,
@@ -114,7 +116,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     source = str(folder / WEIGHTS)
-    methods = methods_from_config(config, tensors, str(folder / CONFIG))
+    with _naming(folder / CONFIG):
+        methods = methods_from_config(config, tensors, str(folder / CONFIG))
     if not methods:
         raise AdapterError(f"{source}: holds no adapted layer; save the adapter again")
     paths = {path for path, _ in walk(model)}
@@ -125,14 +128,14 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         )
     layers = check_layers(model, list(methods))
     check_layers_of_peft(config, layers, source)
-    built = {path: blank(method, layers[path]) for path, method in methods.items()}
     expected = {
-        f"{path}.{key}": tensor.shape for path, adapter in built.items() for key, tensor in _stored(adapter).items()
+        f"{path}.{key}": tensor
+        for path, method in methods.items()
+        for key, tensor in _without_memory(method, path, layers[path], source).items()
     }
-    heads = _find_heads(model, config.get("modules_to_save") or [], [key for key in tensors if key not in expected])
+    heads = _find_heads(model, _names_of_heads(config, source), [key for key in tensors if key not in expected])
     for path in heads:
-        state = model.get_submodule(path).state_dict()
-        expected.update({f"{path}.{key}": tensor.shape for key, tensor in state.items()})
+        expected.update({f"{path}.{key}": tensor for key, tensor in model.get_submodule(path).state_dict().items()})
     _check_tensors(tensors, expected, source)
     for path in set(heads).intersection(trained_modules(model)):
         state = model.get_submodule(path).state_dict()
@@ -142,6 +145,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
                 "one such module: remove(model) first, or load each adapter into a model of its own"
             )
 
+    built = {path: blank(method, layers[path]) for path, method in methods.items()}
     for path, adapter in built.items():
         # not a copy of each tensor: an adapter may check what it loads
         adapter.load_state_dict({key: tensors[f"{path}.{key}"] for key in _stored(adapter)}, strict=False)
@@ -163,6 +167,35 @@ def _unmerged_layers(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
     if any(layer.merged for layer in layers.values()):
         raise AdapterError("the adapters are merged: call unmerge(model) before saving them")
     return layers
+
+
+def _without_memory(method: Method, path: str, layer: BaseLayer, source: str) -> dict[str, Tensor]:
+    """Returns the tensors that a method has in a file, on the meta device: a file may ask for any size."""
+    memo = {id(weight): nn.Parameter(weight.detach().to("meta")) for weight in layer.parameters()}
+    try:
+        with _naming(source):
+            return _stored(blank(method, copy.deepcopy(layer, memo)))
+    except (RuntimeError, OverflowError, TypeError) as error:  # how torch tells that a size is none
+        reason = str(error).partition("\n")[0]
+        raise AdapterError(f"{source}: no tensor can be as large as {method} asks for {path!r} ({reason})") from None
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Puts the file's name in front of what settings are told that do not know where they come from."""
+    try:
+        yield
+    except AdapterError as error:
+        raise error if str(error).startswith(str(source)) else AdapterError(f"{source}: {error}") from None
+
+
+def _names_of_heads(config: Mapping[str, Any], source: str) -> list[str]:
+    names = config.get("modules_to_save") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise AdapterError(
+            f"{source}: modules_to_save={names!r} in {CONFIG} is no list of names; save the adapter again"
+        )
+    return names
 
 
 def _stored(adapter: Adapter) -> dict[str, Tensor]:
@@ -204,17 +237,21 @@ def _find_heads(model: nn.Module, names: list[str], keys: list[str]) -> list[str
     return [path for path in matches if any(key.startswith(f"{path}.") for key in keys)]
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if key not in expected:
             raise AdapterError(
                 f"{source}: key {PREFIX}{key} is neither part of an adapter known here nor of a module in "
                 "modules_to_save that this model has: load it with peft, or into the model it was trained on"
             )
-        if tensor.shape != expected[key]:
+        if tensor.shape != expected[key].shape:
             raise AdapterError(
                 f"{source}: key {PREFIX}{key} has shape {tuple(tensor.shape)}, the model and {CONFIG} ask for "
-                f"{tuple(expected[key])}: use the model it was trained on, with as many classes"
+                f"{tuple(expected[key].shape)}: use the model it was trained on, with as many classes"
+            )
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise AdapterError(
+                f"{source}: key {PREFIX}{key} holds {tensor.dtype}, the model {expected[key].dtype}; save it again"
             )
     if missing := [key for key in expected if key not in tensors]:
         raise AdapterError(f"{source}: key {PREFIX}{missing[0]} is missing; the file is incomplete, save it again")
@@ -225,7 +262,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist: give the folder that save_adapter or peft wrote") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}): save or copy the adapter again") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds a {type(config).__name__}, not settings: save or copy the adapter again")

@@ -69,12 +69,17 @@ class FlyLoRA:
         Raises:
             AdapterError: the layer is a convolution with groups.
         """
-        if not isinstance(base, nn.Linear) and base.groups > 1:
-            raise AdapterError(
-                f"FlyLoRA on {base}: with groups a position has one h for each group and no common choice of ranks; "
-                "leave the layer out of the targets or use LoRA there"
-            )
+        _check_whole(base)
         return FlyLoRAAdapter(base, self, layer_seed(base, self.seed))
+
+    def blank(self, base: BaseLayer) -> Adapter:
+        """Makes what `build` makes, for a file to fill.
+
+        Raises:
+            AdapterError: as `build`.
+        """
+        _check_whole(base)
+        return FlyLoRAAdapter(base, self, None)
 
 
 class FlyLoRAAdapter(Adapter):
@@ -92,13 +97,15 @@ class FlyLoRAAdapter(Adapter):
     fly_d: Tensor
     fly_counts: Tensor
 
-    def __init__(self, base: BaseLayer, settings: FlyLoRA, seed: int) -> None:
+    def __init__(self, base: BaseLayer, settings: FlyLoRA, seed: int | None) -> None:
         super().__init__(base)
         self.settings = settings
         self.mergeable = settings.active == settings.rank
         out, *rest = base.weight.shape
-        projection = _sparse_random(settings.rank, math.prod(rest), settings.active, seed)
-        self.register_buffer("fly_A", projection.view(-1, *rest).to(base.weight))
+        self.register_buffer("fly_A", base.weight.new_zeros(settings.rank, *rest))
+        if seed is not None:
+            projection = _sparse_random(settings.rank, math.prod(rest), settings.active, seed)
+            self.fly_A.copy_(projection.view_as(self.fly_A))
         self.register_buffer("fly_d", torch.zeros(settings.rank, device=base.weight.device))
         self.register_buffer("fly_counts", torch.zeros_like(self.fly_d), persistent=False)
         self.fly_B = Factor(base.weight.new_zeros(out, settings.rank, *(1 for _ in rest[1:])))
@@ -155,6 +162,14 @@ def balance_ranks(model: nn.Module, name: str | None = None) -> None:
         counts = adapter.fly_counts
         adapter.fly_d += adapter.settings.balance_rate * torch.sign(counts.mean() - counts)
         counts.zero_()
+
+
+def _check_whole(base: BaseLayer) -> None:
+    if not isinstance(base, nn.Linear) and base.groups > 1:
+        raise AdapterError(
+            f"FlyLoRA on {base}: with groups a position has one h for each group and no common choice of ranks; "
+            "leave the layer out of the targets or use LoRA there"
+        )
 
 
 def _sparse_random(rank: int, inputs: int, active: int, seed: int) -> Tensor:

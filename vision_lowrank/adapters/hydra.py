@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import Adapter, BaseLayer, apply_up, apply_weight
-from vision_lowrank.adapters.methods import check_alpha, check_rank
+from vision_lowrank.adapters.methods import check_alpha, check_dropout, check_rank
 from vision_lowrank.errors import AdapterError
 
 
@@ -40,8 +40,7 @@ class Hydra:
     def __post_init__(self) -> None:
         check_rank("rank", self.rank)
         check_alpha(self.scale)
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"Hydra dropout={self.dropout!r}: give a probability from 0 up to, but not, 1")
+        check_dropout("Hydra", self.dropout)
 
     def build(self, base: BaseLayer) -> Adapter:
         """Makes the factors A (Xavier's uniform) and, zero, the factors B and the biases.

@@ -6,6 +6,7 @@ A new method is one file, with a dataclass that has `build` and a module that ha
 
 import dataclasses
 import math
+import sys
 from typing import Protocol, runtime_checkable
 
 from vision_lowrank.adapters.layers import Adapter, BaseLayer, GatedLoRAAdapter, LoRAAdapter
@@ -61,8 +62,9 @@ class LoRA:
     def __post_init__(self) -> None:
         check_rank("rank", self.rank)
         check_alpha(self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"LoRA dropout={self.dropout!r}: give a probability from 0 up to, but not, 1")
+        check_dropout("LoRA", self.dropout)
+        if not isinstance(self.rslora, bool):
+            raise AdapterError(f"LoRA rslora={self.rslora!r}: give True or False")
 
     @property
     def scaling(self) -> float:
@@ -115,11 +117,25 @@ def check_rank(name: str, rank: int) -> None:
         raise AdapterError(f"adapter {name}={rank!r}: give a whole number of at least 1")
 
 
+def check_dropout(name: str, dropout: float) -> None:
+    """Refuses what is no probability of dropping a value.
+
+    Args:
+        name: of the method, for the message.
+        dropout: the probability.
+
+    Raises:
+        AdapterError: not a number from 0 up to, but not, 1.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise AdapterError(f"{name} dropout={dropout!r}: give a probability from 0 up to, but not, 1")
+
+
 def check_alpha(alpha: float) -> None:
     """Refuses what cannot be multiplied with.
 
     Raises:
         AdapterError: not a finite number.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise AdapterError(f"adapter alpha={alpha!r}: give a finite number")

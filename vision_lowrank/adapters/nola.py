@@ -60,9 +60,25 @@ class NOLA:
         """Draws the bases of this layer, without touching torch's global generator."""
         return NOLAAdapter(base, self.rank, self.scaling, self.terms, layer_seed(base, self.seed))
 
+    def blank(self, base: BaseLayer) -> Adapter:
+        """Makes the adapter without bases, which it draws when it is given a state.
+
+        Raises:
+            AdapterError: the rank, of which a state tells nothing, is above both sides of the weight.
+        """
+        most = max(len(base.weight), base.weight[0].numel())
+        if self.rank > most:
+            raise AdapterError(
+                f"NOLA rank={self.rank} on {base}: a file may ask for {most}, the larger side of the weight, at most; "
+                "inject the adapter if that is meant, and load a checkpoint of the model"
+            )
+        return NOLAAdapter(base, self.rank, self.scaling, self.terms, None)
+
 
 class NOLAAdapter(Adapter):
-    r"""Adds :math:`f s\,B A x` with the strength f; settings as in `NOLA`, `seed` as of `layer_seed`.
+    r"""Adds :math:`f s\,B A x` with the strength f; settings as in `NOLA`, `seed` as of `layer_seed` or None.
+
+    Without a seed it has no bases until it loads a state.
 
     Attributes:
         nola_alpha: coefficients of A, (terms,).
@@ -80,17 +96,20 @@ class NOLAAdapter(Adapter):
     nola_seed: Tensor
     nola_checksum: Tensor
 
-    def __init__(self, base: BaseLayer, rank: int, scaling: float, terms: int, seed: int) -> None:
+    def __init__(self, base: BaseLayer, rank: int, scaling: float, terms: int, seed: int | None) -> None:
         super().__init__(base)
         self.scaling = scaling
         out, *rest = base.weight.shape
         self.shapes = (rank, *rest), (out, rank, *(1 for _ in rest[1:]))
         self.nola_alpha = nn.Parameter(base.weight.new_zeros(terms))
         self.nola_beta = nn.Parameter(base.weight.new_zeros(terms))
-        bases = self._draw(seed)
-        self._hold(bases)
-        self.register_buffer("nola_seed", torch.tensor(seed, device=base.weight.device))
-        self.register_buffer("nola_checksum", torch.tensor(bases.checksum, device=base.weight.device))
+        self.register_buffer("nola_seed", torch.tensor(0, device=base.weight.device))
+        self.register_buffer("nola_checksum", torch.tensor(0, device=base.weight.device))
+        if seed is not None:
+            bases = self._draw(seed)
+            self._hold(bases)
+            self.nola_seed.fill_(seed)
+            self.nola_checksum.fill_(bases.checksum)
 
     def forward(self, x: Tensor, y: Tensor, base: BaseLayer) -> Tensor:
         """Adds the contribution for the layer's input `x` to `y`, the output so far."""
@@ -127,7 +146,7 @@ class NOLAAdapter(Adapter):
 
     def _restore(self, seed: int, checksum: int) -> None:
         """Draws the bases that a state belongs to, if they are not those at hand."""
-        if (seed, checksum) == (int(self.nola_seed), int(self.nola_checksum)):
+        if hasattr(self, "nola_start") and (seed, checksum) == (int(self.nola_seed), int(self.nola_checksum)):
             return
         bases = self._draw(seed)
         if bases.checksum != checksum:

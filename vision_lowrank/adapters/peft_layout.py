@@ -96,8 +96,12 @@ def lora_from_config(config: Mapping[str, Any], path: str, source: str) -> LoRA:
     """Returns the settings that a LORA configuration gives to a layer.
 
     Raises:
-        AdapterError: `config` lacks a key, or asks for more than plain LoRA.
+        AdapterError: `config` lacks a key, holds a value of another kind, or asks for more than plain LoRA.
     """
+    patterns = {key: config.get(key) for key in ("rank_pattern", "alpha_pattern")}
+    for key, value in patterns.items():
+        if not (value is None or isinstance(value, dict)):
+            raise AdapterError(f"{source}: {key}={value!r} is no mapping of patterns; save the adapter with peft again")
     for key, allowed in _PLAIN.items():
         if key in config and config[key] not in allowed:
             raise AdapterError(
@@ -114,12 +118,15 @@ def lora_from_config(config: Mapping[str, Any], path: str, source: str) -> LoRA:
         raise AdapterError(
             f"{source}: key {error} is missing; save the adapter with peft or save_adapter again"
         ) from None
-    return LoRA(
-        rank=_by_pattern(config.get("rank_pattern"), path, rank),
-        alpha=_by_pattern(config.get("alpha_pattern"), path, alpha),
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=config.get("use_rslora", False),
-    )
+    try:
+        rank = _by_pattern(patterns["rank_pattern"], path, rank)
+        alpha = _by_pattern(patterns["alpha_pattern"], path, alpha)
+    except re.error as error:
+        raise AdapterError(
+            f"{source}: pattern {error.pattern!r} of rank_pattern or alpha_pattern is none ({error}); save the adapter "
+            "with peft again"
+        ) from None
+    return LoRA(rank, alpha, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
 
 
 def methods_from_config(config: Mapping[str, Any], keys: Iterable[str], source: str) -> dict[str, Method]:
@@ -131,11 +138,14 @@ def methods_from_config(config: Mapping[str, Any], keys: Iterable[str], source: 
         source: the configuration's file name for messages.
 
     Raises:
-        AdapterError: the configuration is of another method, or incomplete.
+        AdapterError: the configuration is of another method, incomplete, or holds a value of another kind.
     """
     kind = config.get("peft_type")
     if kind == OWN_TYPE:
-        return {path: from_description(description) for path, description in config.get("layers", {}).items()}
+        layers = config.get("layers", {})
+        if not isinstance(layers, dict):
+            raise AdapterError(f"{source}: layers={layers!r} is no mapping of layers; save the adapter again")
+        return {path: from_description(description) for path, description in layers.items()}
     if kind != "LORA":
         raise AdapterError(f"{source}: peft_type={kind!r}; this reads LORA and {OWN_TYPE}: load others with peft")
     paths = dict.fromkeys(key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight"))

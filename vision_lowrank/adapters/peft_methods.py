@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.layers import AdaptedLayer, BaseLayer
-from vision_lowrank.adapters.methods import check_alpha, check_rank
+from vision_lowrank.adapters.methods import check_alpha, check_dropout, check_rank
 from vision_lowrank.adapters.targets import Targets, by_passes, check_layers, find_modules, find_targets, named_like
 from vision_lowrank.errors import AdapterError
 
@@ -233,19 +233,42 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         if getattr(config, "megatron_config", None) is not None:
             # peft would import the module that it names
             raise AdapterError(f"{folder}: its megatron_config has code imported; do not trust it")
-        adapted = peft.get_peft_model(model, config)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            given = set(file.keys())
+            given = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+        _check_ranks(config, max((size for shape in given.values() for size in shape), default=0), folder)
+        adapted = peft.get_peft_model(model, config)
         # peft itself leaves random what the file lacks
-        if wrong := sorted(given ^ peft.get_peft_model_state_dict(adapted).keys()):
+        if wrong := sorted(given.keys() ^ peft.get_peft_model_state_dict(adapted).keys()):
             which = "is not of this model" if wrong[0] in given else "is missing"
             raise AdapterError(f"{folder}: {len(wrong)} entries differ from the model's; {wrong[0]} {which}")
         adapted.load_adapter(str(folder), "default")
         merged: nn.Module = adapted.merge_and_unload()
     # peft tells what is wrong with a folder by all of these
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError,
+        re.error, SafetensorError,
+    ) as error:  # fmt: skip
         raise AdapterError(f"{folder}: no adapters of peft for this model ({error}); train them anew") from error
     return merged
+
+
+def _check_ranks(config: Any, largest: int, folder: Path) -> None:
+    """Compares ranks with the largest side of a tensor in the folder, before peft makes room for what they ask.
+
+    Not that of LoKr, whose factors are full matrices where the rank is large.
+
+    Raises:
+        AdapterError: a rank is none, or larger.
+    """
+    if type(config).__name__ == "LoKrConfig":
+        return
+    ranks = [config.r, getattr(config, "mini_r", 1), *getattr(config, "rank_pattern", {}).values()]
+    for rank in ranks:
+        check_rank("rank", rank)
+        if rank > largest:
+            raise AdapterError(
+                f"{folder}: rank {rank} is above {largest}, the largest side of its tensors; do not trust it"
+            )
 
 
 def _find_tuner(name: str) -> PeftMethod:
@@ -263,8 +286,7 @@ def _options(name: str, tuner: PeftMethod, rank: int, settings: Mapping[str, Any
     check_rank("rank", rank)
     check_rank("factor", settings.get("factor", 1))
     check_alpha(settings.get("alpha", rank))
-    if not 0.0 <= settings.get("dropout", 0.0) < 1.0:
-        raise AdapterError(f"{name} dropout={settings['dropout']!r}: give a probability from 0 up to, but not, 1")
+    check_dropout(name, settings.get("dropout", 0.0))
     chosen = {"rank": rank, **settings}
     if "alpha" in tuner.settings:
         chosen.setdefault("alpha", tuner.scale * rank)

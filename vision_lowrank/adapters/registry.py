@@ -29,15 +29,17 @@ def describe(method: Method) -> dict[str, Any]:
     return {"method": type(method).__name__, **dataclasses.asdict(cast(Any, method))}
 
 
-def from_description(description: Mapping[str, Any]) -> Method:
+def from_description(description: Any) -> Method:
     """Rebuilds a method from what `describe` gave.
 
     Raises:
-        AdapterError: unknown method or setting.
+        AdapterError: no settings, or of an unknown method, or with a wrong one.
     """
+    if not isinstance(description, dict):
+        raise AdapterError(f"settings {description!r} of an adapter method: give a mapping, with method=its name")
     settings = dict(description)
     name, part = settings.pop("method", None), settings.pop("slice", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise AdapterError(f"unknown adapter method {name!r}: this version knows {', '.join(METHODS)}")
     try:
         method = METHODS[name](**settings)
