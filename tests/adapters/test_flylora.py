@@ -6,8 +6,10 @@ import math
 import peft
 import pytest
 import torch
+import torch.multiprocessing as mp
 from adapter_zoo import IMAGES, adapted_layer, perturb, train_steps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vision_lowrank import adapters
 from vision_lowrank.adapters import FlyLoRA, export_lora, inject
@@ -186,6 +188,42 @@ def test_tokens_of_all_forwards_of_a_step_count_together():
     model(second.expand(5, 6))
     balance_ranks(model)
     assert adapter.fly_d.tolist() == [0.25, -0.25]
+
+
+def _train(part, wrap):
+    """Takes steps on this process's part of each batch; returns the biases and the trained factor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double().train()
+    inject(model, "0", FlyLoRA(8, 16, active=2, balance_rate=0.01))
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        x, y = (torch.randn(8, size, dtype=torch.float64, generator=generator)[part] for size in (16, 3))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(wrapped(x), y).backward()
+        optimizer.step()
+        balance_ranks(model)
+    adapter = model[0].adapters["default"]
+    return adapter.fly_d.clone(), adapter.fly_B.weight.detach().clone()
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(_train(slice(4 * rank, 4 * rank + 4), DistributedDataParallel), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_tokens_of_all_processes_count_together(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    bias, up = _train(slice(None), lambda model: model)
+    assert len(bias.unique()) > 3
+    for rank in (0, 1):
+        found, factor = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(found, bias)
+        torch.testing.assert_close(factor, up, atol=1e-12, rtol=1e-10)
 
 
 def test_checkpointed_activations_change_nothing(vit):

@@ -11,6 +11,7 @@ from vision_lowrank.adapters.layers import Adapter, BaseLayer, Factor, apply_up,
 from vision_lowrank.adapters.methods import check_alpha, check_rank
 from vision_lowrank.adapters.nola import check_seed, layer_seed
 from vision_lowrank.errors import AdapterError
+from vision_lowrank.processes import sum_over_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,8 @@ class FlyLoRAAdapter(Adapter):
 def balance_ranks(model: nn.Module, name: str | None = None) -> None:
     """Moves the biases d against what tokens chose since the last call; to be called after each step of the optimiser.
 
+    The tokens of all processes that train together count.
+
     Args:
         model: a model with FlyLoRA adapters.
         name: the adapters to move; None moves all.
@@ -159,9 +162,9 @@ def balance_ranks(model: nn.Module, name: str | None = None) -> None:
         AdapterError: there are no such adapters, or they are merged.
     """
     for *_, adapter in find_adapters(model, FlyLoRAAdapter, name):
-        counts = adapter.fly_counts
+        counts = sum_over_processes(adapter.fly_counts)
         adapter.fly_d += adapter.settings.balance_rate * torch.sign(counts.mean() - counts)
-        counts.zero_()
+        adapter.fly_counts.zero_()
 
 
 def _check_whole(base: BaseLayer) -> None:
