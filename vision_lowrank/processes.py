@@ -100,7 +100,7 @@ class SharedBatches(Sampler[list[int]]):
         self.drop_last = drop_last
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return len(self._starts(current_place()))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yields the positions of this process's samples.
@@ -108,14 +108,21 @@ class SharedBatches(Sampler[list[int]]):
         Raises:
             ConfigError: some process would have none.
         """
-        place = current_place()
+        return self.of(current_place())
+
+    def of(self, place: Place) -> Iterator[list[int]]:
+        """Yields the positions of the samples of the process in this place; of whole batches for `ALONE`.
+
+        Raises:
+            ConfigError: as iteration.
+        """
         order = list(self.sampler)
-        for start in self._starts():
+        for start in self._starts(place):
             yield list(share_of(order[start : start + self.batch_size], place))
 
-    def _starts(self) -> range:
-        """Returns where the batches begin of which this process has a share."""
-        rank, processes = current_place()
+    def _starts(self, place: Place) -> range:
+        """Returns where the batches begin of which the process in this place has a share."""
+        rank, processes = place
         total = len(self.sampler)  # type: ignore[arg-type]
         if processes > 1 and min(total, self.batch_size) < processes:
             raise ConfigError(

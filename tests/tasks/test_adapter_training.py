@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import nn
@@ -16,6 +17,7 @@ from vision_lowrank.adapters.peft_methods import PEFT_METHODS
 from vision_lowrank.errors import AdapterError, ConfigError
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models import LolaSpecViT
+from vision_lowrank.processes import SharedBatches
 from vision_lowrank.tasks.adapter_training import (
     AdapterTraining,
     PeftAdapter,
@@ -237,6 +239,49 @@ def test_lora_sb_starts_with_the_first_step_on_the_samples():
     expected = u[:, :3] @ torch.diag(values[:3]) @ vh[:3]
     torch.testing.assert_close(model.body.adapters["default"].delta_weight(), expected, atol=1e-6, rtol=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def shared_loader():
+    return DataLoader(samples(48), batch_sampler=SharedBatches(range(47, -1, -1), 16))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_process_sees_the_samples_that_one_alone_would(rank, monkeypatch):
+    first = torch.stack([row["image"] for row in samples(48)[:31:-1]])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    taken = first_batches(shared_loader(), ["image"], 20)
+    assert [len(label) for _, label in taken] == [16, 16]
+    assert torch.equal(taken[0][0][0], first)
+
+
+def _started():
+    """The weights at the start of methods that look at the data."""
+    found = {}
+    for name, method in {"lora_sb": LoRAXS(3, 3, "gradient", 0.01), "eva": PeftAdapter("eva", 2)}.items():
+        torch.manual_seed(1)
+        model = put_adapters(Pooled(), method, "body", "head", lambda: first_batches(shared_loader(), ["image"], 20))
+        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+    return found
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(_started(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_start_as_one(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    alone = _started()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found.keys() == alone.keys()
+        for key, value in found.items():
+            assert torch.equal(value, alone[key]), key
 
 
 def test_frozen_statistics_stay_without_cycles_too():

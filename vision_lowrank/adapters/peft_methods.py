@@ -158,7 +158,7 @@ def inject_peft(
         rank: the method's rank; for `miss` and `bat` the side of a block.
         train: modules to train beside the adapters and to save with them, such as the head; named as targets are.
         inputs: batches of the model's input, (batch, channels, height, width), or of its inputs in order; they must
-            have a length. Only `eva` reads them.
+            have a length. Only `eva` reads them; of several processes each is to get the same.
         settings: `alpha` (numerator of the scale; by default the rank, for `randlora` 20 times the rank), `dropout`
             (probability for a value of the adapter's input), `seed` (of random bases) and `factor` (of `lokr`), where
             the method has them.
@@ -206,6 +206,7 @@ def inject_peft(
             forward_fn=_forward,
             prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=_rows,
+            gather_distributed_inputs=False,
             show_progress_bar=False,
         )
     return adapted.train(training)

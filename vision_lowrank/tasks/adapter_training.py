@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from vision_lowrank.adapters import (
     LoRAXS,
@@ -34,6 +35,7 @@ from vision_lowrank.adapters.sora import SoRAAdapter, active_ranks, proximal_ste
 from vision_lowrank.adapters.targets import Targets
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.processes import ALONE, SharedBatches
 from vision_lowrank.records import make_record
 from vision_lowrank.runs import atomic_folder
 
@@ -171,8 +173,19 @@ def put_adapters(
     return model
 
 
-def first_batches(loader: Any, inputs: Sequence[str], samples: int) -> Batches:
-    """Returns the first batches of a loader of {"image": ..., "label": ...}, of as many samples together at least."""
+def first_batches(loader: DataLoader[Any], inputs: Sequence[str], samples: int) -> Batches:
+    """Returns the first batches of a loader of {"image": ..., "label": ...}, of as many samples together at least.
+
+    Of `SharedBatches` these are the whole batches: every process returns what one alone would, so that all start alike.
+    """
+    batches = loader.batch_sampler
+    if isinstance(batches, SharedBatches):
+        loader = DataLoader(
+            loader.dataset,
+            batch_sampler=batches.of(ALONE),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
     found: list[tuple[Sequence[Tensor], Tensor]] = []
     for batch in loader:
         found.append(([batch[name] for name in inputs], batch["label"]))
