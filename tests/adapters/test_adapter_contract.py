@@ -30,6 +30,7 @@ from vision_lowrank.adapters import (
     load_adapter,
     save_adapter,
 )
+from vision_lowrank.adapters.diagnostics import layer_intruders
 from vision_lowrank.adapters.methods import Method
 from vision_lowrank.errors import AdapterError
 
@@ -234,6 +235,30 @@ def test_bf16_autocast(row, kind):
     for parameter in adapters.adapter_parameters(model):
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("row", "kind"), [pair for pair in PAIRS if pair.values[1] in ("linear", "parts of qkv")])
+def test_weights_that_stay_are_not_rounded_by_autocast(row, kind, tmp_path):
+    model, _ = adapt(row, kind, torch.float32)
+    twin = copy.deepcopy(model)
+    if row.mergeable:
+        before, _, target, *_ = make(kind, torch.float32)
+        adapters.merge(model)
+        similarity = layer_intruders(before, twin, target.partition("[")[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adapters.merge(twin)
+        state = layer_of(model).base.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in layer_of(twin).base.state_dict().items())
+        adapters.unmerge(twin)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = layer_intruders(before, twin, target.partition("[")[0])
+        assert all(torch.equal(found.similarity, similarity[path].similarity) for path, found in again.items())
+    if row.exports:
+        export_lora(twin, tmp_path / "alone")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            export_lora(twin, tmp_path / "within")
+        weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("alone", "within")]
+        assert weights[0] == weights[1]
 
 
 class Small(nn.Module):

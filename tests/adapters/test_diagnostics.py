@@ -33,6 +33,14 @@ def test_an_unchanged_weight_has_no_intruders():
     torch.testing.assert_close(found.similarity, torch.eye(9)[:5], atol=1e-4, rtol=0)
 
 
+def test_representations_are_compared_in_full_within_autocast():
+    before, after = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = representation_alignment(before, after)
+    kernels = [(x.double() @ x.double().T).flatten() for x in (before, after)]
+    assert within == pytest.approx(torch.cosine_similarity(*kernels, dim=0).item(), abs=1e-6)
+
+
 def test_a_planted_direction_is_found():
     weight = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 0.0, 0.0]))[:, :4]
     # orthogonal to all that the weight reaches

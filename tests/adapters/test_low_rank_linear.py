@@ -131,6 +131,8 @@ def test_lost_style_weight_within_autocast():
     expected = (layer.up @ layer.down).detach().index_add(1, layer.channels, layer.columns.detach())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         weight = layer.weight
+        dense = layer.dense()
+    assert torch.equal(dense.weight, layer.weight)
     assert weight.dtype == torch.bfloat16
     torch.testing.assert_close(weight.float(), expected, rtol=0.02, atol=0.01)
     weight.float().sum().backward()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vision_lowrank.adapters.layers import AdaptedLayer
+from vision_lowrank.adapters.layers import AdaptedLayer, unrounded
 from vision_lowrank.adapters.targets import Targets, base_of, find_targets
 from vision_lowrank.errors import AdapterError
 
@@ -48,7 +48,8 @@ def intruder_dimensions(before: Tensor, after: Tensor, top: int = 10, threshold:
         raise AdapterError(f"weights of shapes {shapes}: compare two weights of one layer, with two axes or more")
     dtype = torch.promote_types(before.dtype, torch.float32)
     old, new = (torch.linalg.svd(weight.flatten(1).to(dtype), full_matrices=False).U for weight in (before, after))
-    similarity = (new[:, :top].T @ old).abs()
+    with unrounded(old):
+        similarity = (new[:, :top].T @ old).abs()
     return Intruders(similarity, int((similarity.amax(dim=1) < threshold).sum()))
 
 
@@ -116,7 +117,8 @@ def representation_alignment(before: Tensor, after: Tensor) -> float:
     if len(before) != len(after):
         raise AdapterError(f"{len(before)} and {len(after)} samples: give features of the same samples")
     old, new = before.flatten(1), after.flatten(1)
-    return kernel_alignment(old @ old.T, new @ new.T)
+    with unrounded(old):
+        return kernel_alignment(old @ old.T, new @ new.T)
 
 
 def tangent_kernel_alignment(before: nn.Module, after: nn.Module, inputs: Tensor) -> float:
@@ -186,5 +188,6 @@ def _weight(path: str, layer: nn.Module) -> Tensor:
             if not adapter.mergeable:
                 raise AdapterError(f"adapter {name!r} on layer {path!r} depends on the input and has no weight")
         # at least in float32: small changes would be lost in the weight's own precision
-        weight, _ = layer.add_deltas(weight.to(torch.promote_types(weight.dtype, torch.float32)), None)
+        with unrounded(weight):
+            weight, _ = layer.add_deltas(weight.to(torch.promote_types(weight.dtype, torch.float32)), None)
     return weight

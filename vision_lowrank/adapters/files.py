@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vision_lowrank import __version__
 from vision_lowrank.adapters.injection import adapted_layers, attach, trained_modules
-from vision_lowrank.adapters.layers import AdaptedLayer, Adapter, BaseLayer
+from vision_lowrank.adapters.layers import AdaptedLayer, Adapter, BaseLayer, unrounded
 from vision_lowrank.adapters.methods import LoRA, Method, blank
 from vision_lowrank.adapters.peft_layout import (
     OWN_TYPE,
@@ -80,7 +80,8 @@ def export_lora(model: nn.Module, folder: str | Path, name: str = "default") -> 
     methods: dict[str, Method] = {}
     tensors = {}
     for path, layer in layers.items():
-        factors = layer.by_name[name].lora_factors()
+        with unrounded(layer.base.weight):
+            factors = layer.by_name[name].lora_factors()
         if factors is None:
             raise AdapterError(
                 f"adapter {name!r} on layer {path!r} is a {layer.methods[name]}, which is no LoRA: write it with "

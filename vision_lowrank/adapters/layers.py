@@ -224,7 +224,8 @@ class AdaptedLayer(nn.Module):
         """Puts weight and bias that hold all adapters at their present strength in place of the base's."""
         weight, bias = self.base.weight.data, None if self.base.bias is None else self.base.bias.data
         wide = torch.promote_types(weight.dtype, torch.float32)
-        merged_weight, merged_bias = self.add_deltas(weight.to(wide), None if bias is None else bias.to(wide))
+        with unrounded(weight):
+            merged_weight, merged_bias = self.add_deltas(weight.to(wide), None if bias is None else bias.to(wide))
         self.original, self.original_bias = weight, bias
         self.base.weight.data = merged_weight.to(weight.dtype)
         if self.base.bias is not None and merged_bias is not None:
@@ -292,6 +293,11 @@ def folded_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     dropping = layer.training and any(isinstance(module, nn.Dropout) for module in layer.adapters.modules())
     mergeable = all(adapter.mergeable for adapter in layer.by_name.values())
     return layer.add_deltas(weight, bias) if mergeable and not dropping and layer.row_strengths is None else None
+
+
+def unrounded(tensor: Tensor) -> torch.autocast:
+    """Lets products with a tensor keep their precision in the block, also within autocast: for weights that stay."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def low_rank_factors(base: BaseLayer, rank: int) -> tuple[Factor, Factor]:

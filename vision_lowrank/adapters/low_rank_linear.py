@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_lowrank.adapters.layers import unrounded
 from vision_lowrank.adapters.targets import Targets, check_layers, find_targets, walk
 from vision_lowrank.errors import AdapterError
 
@@ -46,7 +47,8 @@ class FactorisedLinear(nn.Module):
     def dense(self) -> nn.Linear:
         """Returns the plain layer that computes the same, with the same bias."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.weight.detach().clone())
+        with unrounded(next(self.parameters())):
+            layer.weight = nn.Parameter(self.weight.detach().clone())
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
