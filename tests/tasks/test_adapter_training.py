@@ -76,13 +76,13 @@ class Watch(L.Callback):
         self.seen.append(self.see(trainer, task))
 
 
-def fit(task, epochs, callbacks, size=16, **options):
+def fit(task, epochs, callbacks, size=16, checkpoint=None, **options):
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, callbacks=callbacks, **options,
     )  # fmt: skip
     loader = DataLoader(samples(size), 16)
-    trainer.fit(task, loader, loader)
+    trainer.fit(task, loader, loader, ckpt_path=checkpoint)
     return trainer
 
 
@@ -110,6 +110,39 @@ def test_dylora_draws_a_rank_a_step_from_seed_and_step_alone():
     ]
     assert watch.seen == expected
     assert len(set(expected)) > 3
+
+
+class Bare(L.LightningModule):
+    """A task of somebody else's, whose network is named `net` and which has no seed."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.net(batch["image"]), batch["label"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_a_task_without_model_and_seed_draws_from_torchs_initial_seed_and_resumes(tmp_path):
+    def ranks(epochs, checkpoint=None):
+        torch.manual_seed(3)
+        task = Bare(adapted(DyLoRA(6, 6)))
+        torch.manual_seed(5)
+        watch = Watch(lambda trainer, task: task.net.body.adapters["default"].sampled_rank)
+        trainer = fit(task, epochs, [AdapterTraining(), watch], checkpoint=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return watch.seen
+
+    expected = [int(torch.randint(1, 7, (), generator=torch.Generator().manual_seed(5 + step))) for step in range(8)]
+    assert ranks(8) == expected
+    assert ranks(4) + ranks(8, tmp_path / "last.ckpt") == expected
+    # the adapters are found wherever they are
+    with pytest.raises(ConfigError, match="SoRA without"):
+        fit(Bare(adapted(SoRA(2, 2))), 1, [AdapterTraining()])
+    fit(Bare(adapted(LoRA(2, 4))), 1, [AdapterTraining(lora_pro=True)])
 
 
 def test_soras_gates_take_a_proximal_step_of_sparsity_times_the_rate_and_do_not_decay():

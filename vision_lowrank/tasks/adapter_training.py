@@ -220,7 +220,8 @@ def count_trained(model: Any) -> ParameterCount:
 class AdapterTraining(Callback):
     """Does at each step what the model's adapters ask for; a model without such adapters trains as ever.
 
-    DyLoRA gets its rank before each step, drawn from the task's seed and the step, so that a resumed run and all
+    The model is the task's `model`, or the task itself where it has none. DyLoRA gets its rank before each step, drawn
+    from the step and the task's `seed`, or else torch's initial seed in process 0, so that a resumed run and all
     processes draw the same. SoRA's gates take a proximal step after each step of the optimiser, and FlyLoRA's biases
     move. LoRA-Pro replaces the gradients before they are clipped.
 
@@ -238,6 +239,7 @@ class AdapterTraining(Callback):
             raise ConfigError(f"adapter.training.sparsity={sparsity}: give a finite number of at least 0")
         self.sparsity = sparsity
         self.lora_pro = lora_pro
+        self.seed = 0
 
     def check(self, model: nn.Module) -> None:
         """Compares the settings with the adapters of a model that has no gradients yet.
@@ -254,8 +256,10 @@ class AdapterTraining(Callback):
             adjust_gradients(model)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses settings that do not belong to the model, see `check`."""
+        """Refuses settings that do not belong to the model, see `check`, and settles the seed."""
         self.check(_model(pl_module))
+        seed: Any = getattr(pl_module, "seed", None)
+        self.seed = trainer.strategy.broadcast(torch.initial_seed()) if seed is None else seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes the optimiser's steps be followed by the proximal one, and by that of FlyLoRA's biases."""
@@ -279,8 +283,7 @@ class AdapterTraining(Callback):
         """Draws the rank of the step."""
         model = _model(pl_module)
         if _has(model, DyLoRAAdapter):
-            seed: Any = pl_module.seed
-            sample_rank(model, torch.Generator().manual_seed(seed + trainer.global_step))
+            sample_rank(model, torch.Generator().manual_seed(self.seed + trainer.global_step))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Replaces the gradients."""
@@ -295,9 +298,8 @@ class AdapterTraining(Callback):
 
 
 def _model(task: L.LightningModule) -> nn.Module:
-    model: Any = task.model
-    found: nn.Module = model
-    return found
+    model = getattr(task, "model", None)
+    return model if isinstance(model, nn.Module) else task
 
 
 def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
