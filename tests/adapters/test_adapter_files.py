@@ -209,6 +209,16 @@ def test_names_of_a_compiled_model_are_those_of_the_model(toy, tmp_path):
     assert torch.equal(base(VOLUME), toy(VOLUME))
 
 
+def test_a_compiled_model_takes_the_files_of_a_plain_one(toy, tmp_path):
+    base = torch.compile(copy.deepcopy(toy), backend="eager")
+    assert torch.equal(base(VOLUME), toy(VOLUME))
+    inject(toy, ["mlp.0", "stem"], LoRA(2, 4), train="head")
+    perturb(toy)
+    save_adapter(toy, tmp_path)
+    assert sorted(load_adapter(base, tmp_path)) == ["mlp.0", "stem"]
+    assert torch.equal(base(VOLUME), toy(VOLUME))
+
+
 def test_layers_with_and_without_rslora_in_one_file(tmp_path):
     base = make_toy()
     ours = copy.deepcopy(base)

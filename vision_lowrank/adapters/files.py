@@ -113,7 +113,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         AdapterError: a file is missing or damaged, asks for a method unknown here, or does not belong to this model;
             the name is taken; or a module that another adapter trained beside it would be overwritten.
     """
-    folder = Path(folder)
+    model, folder = _plain(model), Path(folder)
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     source = str(folder / WEIGHTS)
