@@ -459,6 +459,8 @@ REFUSED = [
     (attention, "lora", {"targets": "out_proj"}, "reads its weight without calling it"),
     (lambda: with_zeros(1), "dora", {"targets": "0"}, "'0' has rows of zeros, by whose norm dora would divide"),
     (lambda: with_zeros(8), "pissa", {"targets": "0"}, "weight of layer '0' is zero, and pissa of it could not learn"),
+    (lambda: make_vit().double(), "pissa", {}, "'blocks.0.attn.qkv' is torch.float64, and pissa of peft.*model.float"),
+    (lambda: make_vit().double(), "olora", {}, "'blocks.0.attn.qkv' is torch.float64, and olora of peft.*model.float"),
     (attention, "lora", {"targets": "mha"}, "a MultiheadAttention; adapters are for"),
 ]
 

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # peft brings transformers with it, which takes seconds to im
 # a layer may get up to this many times the rank, the average stays (arXiv 2410.07170, rho)
 _EVA_SPREAD = 2
 
+# types of the weights that pissa and olora start from
+_DECOMPOSED = (torch.float32, torch.float16, torch.bfloat16)
+
 # what of a convolution is usual, as far as a tuner may compute as if it were so
 _USUAL: dict[str, tuple[Any, ...]] = {
     "groups": (1,),
@@ -311,6 +314,11 @@ def _check_layer(name: str, tuner: PeftMethod, rank: int, path: str, layer: Base
     if isinstance(layer, nn.Conv3d) and layer.kernel_size[:2] == (1, 1):
         # its special case for 1 x 1 kernels looks at the first two sides only
         raise AdapterError(f"layer {path!r} has the kernel {layer.kernel_size}, which peft cannot merge: {remedy}")
+    if tuner.fixed.get("init_lora_weights") in ("pissa", "olora") and layer.weight.dtype not in _DECOMPOSED:
+        raise AdapterError(
+            f"the weight of layer {path!r} is {layer.weight.dtype}, and {name} of peft starts from float32, float16 or "
+            "bfloat16: call model.float() first"
+        )
     if tuner.fixed.get("use_dora") and not layer.weight.flatten(1).any(dim=1).all():
         raise AdapterError(f"layer {path!r} has rows of zeros, by whose norm {name} would divide: {remedy}")
     if tuner.fixed.get("init_lora_weights") == "pissa" and not layer.weight.any():
