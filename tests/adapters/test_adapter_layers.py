@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from vision_lowrank import adapters
-from vision_lowrank.adapters import AdaptedLayer, GatedLoRA, LoRA, inject
+from vision_lowrank.adapters import AdaptedLayer, DyLoRA, GatedLoRA, Hydra, LoRA, SoRA, inject
 from vision_lowrank.errors import AdapterError
 
 
@@ -46,6 +46,47 @@ def test_untrained_adapter_is_identity_to_the_bit(kind, method):
         assert torch.equal(model(x), before)
         model.train()
         assert torch.equal(model(x), before)
+
+
+BIG = {
+    "linear": (lambda: nn.Linear(200, 60), 200),
+    "conv2d": (lambda: nn.Conv2d(20, 60, (3, 4)), 20 * 12),
+    "conv2d groups": (lambda: nn.Conv2d(80, 60, 3, groups=4), 20 * 9),
+}
+UNIFORM = {
+    "LoRA": (LoRA(40, 6), ["lora_A.weight"]),
+    "GatedLoRA": (GatedLoRA(40, 6, 40), ["lora_A.weight", "gate_A.weight", "residual_A.weight"]),
+    "DyLoRA": (DyLoRA(40, 6), ["lora_A.weight"]),
+    "SoRA": (SoRA(40, 6), ["lora_A.weight"]),
+    "Hydra": (Hydra(40, 0.5), ["parallel.down", "sequential.down"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in UNIFORM for kind in BIG if (name, kind) != ("Hydra", "conv2d groups")]
+)
+def test_factors_start_uniform_with_the_bound_of_their_source(name, kind):
+    torch.manual_seed(1)
+    make, fan_in = BIG[kind]
+    model = nn.Sequential(make())
+    method, keys = UNIFORM[name]
+    inject(model, "0", method)
+    state = model[0].adapters["default"].state_dict()
+    for key in keys:
+        if name != "Hydra":
+            bound = fan_in**-0.5  # as nn.Linear, and peft's LoRA, start
+        elif key == "parallel.down":
+            bound = math.sqrt(6 / (fan_in + 40 * (12 if kind == "conv2d" else 1)))  # Xavier's
+        else:
+            bound = math.sqrt(6 / (60 + 40))
+        values = state[key]
+        assert 0.99 * bound < values.abs().max() <= bound
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.04)
+        assert values.mean().abs() < 0.06 * bound
+    starts_at_zero = ("lora_B.weight", "gate_B.weight", "residual_B.weight", "parallel.up", "sequential.up")
+    zero = [key for key in state if key in starts_at_zero]
+    assert len(zero) == len(keys)
+    assert not any(state[key].any() for key in zero)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
