@@ -285,6 +285,15 @@ def test_folders_that_do_not_fit_are_refused(spoil, message, tmp_path):
         load_peft(make_vit(), tmp_path)
 
 
+def test_a_folder_without_settings_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda *args, **kwargs: asked.append(args))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError, match=r"runs.last has no adapter_config\.json: give a folder"):
+        load_peft(make_vit(), "runs/last")
+    assert not asked
+
+
 def test_start_values():
     weight = make_vit().blocks[1].attn.proj.weight.detach().double()
     u, s, vh = torch.linalg.svd(weight)

@@ -229,6 +229,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     import peft
 
     folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        # peft would ask the hub for a repository of that name
+        raise AdapterError(f"{folder} has no adapter_config.json: give a folder that save_pretrained wrote")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         known = {tuner.config for tuner in PEFT_METHODS.values()}
