@@ -132,8 +132,6 @@ def trace(model: ScaledModel, channels: int) -> ExportedProgram:
     """Returns the graph of a model in evaluation mode, for batches of any size."""
     example = torch.zeros(2, channels, model.side, model.side)
     with torch.no_grad():
-        # fills what is remembered from call to call, which tracing would fill with tensors without values
-        model(example)
         return torch.export.export(model, (example,), dynamic_shapes={"image": {0: Dim("batch", min=1)}})
 
 

@@ -161,6 +161,20 @@ def test_kept_tokens_are_computed_as_if_the_others_were_not_there():
         torch.testing.assert_close(tokens[b], model.norm(start)[0])
 
 
+def test_models_work_after_another_was_traced():
+    # of a width that nothing else in this process has, so that nothing is remembered of it
+    model = tiny(embed_dim=84).float()
+    arguments = (image(2, 5, 16, 16).float(), WAVELENGTHS.expand(2, -1), torch.full((2,), 10.0))
+    traced = torch.export.export(model, arguments).module()
+    found = model(*arguments)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, traced(*arguments))
+    spectral, _ = position_wavelength_embedding(grid_coordinates(*arguments[1:], 1, 1, 8), 84)
+    angles = [443.0 / 10000 ** (k / 42) for k in range(42)]
+    expected = [math.sin(a) / 2 for a in angles] + [math.cos(a) / 2 for a in angles]
+    assert spectral[0, 1, 0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_contract_with_timm():
     model = timm.create_model("less_vit_tiny", num_classes=3, patch_size=8).eval()
     x = torch.randn(2, 5, 16, 24)

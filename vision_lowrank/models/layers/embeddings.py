@@ -70,15 +70,17 @@ def sincos(position: Tensor, dim: int) -> Tensor:
 
     Frequencies are float32 numbers, rounded after each step: a few thousand radians out, others are another embedding.
     """
-    angle = position.float().unsqueeze(-1) * _frequencies(dim // 2).to(position.device)
+    angle = position.float().unsqueeze(-1) * torch.from_numpy(_frequencies(dim // 2)).to(position.device)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 @functools.cache
-def _frequencies(count: int) -> Tensor:
-    """Returns 10000 to the powers 0, -1 / count ... , float32 (count,), to the bits that numpy gives."""
+def _frequencies(count: int) -> np.ndarray:
+    """Returns 10000 to the powers 0, -1 / count ... , float32 (count,)."""
+    # no tensor: one made while a model is traced has no values, and would reach all later models of the process
     exponent = np.arange(count, dtype=np.float32) / np.float32(count)
-    return torch.from_numpy(1 / np.float32(10000) ** exponent)
+    frequencies: np.ndarray = 1 / np.float32(10000) ** exponent
+    return frequencies
 
 
 def position_wavelength_embedding(coordinates: Coordinates, dim: int, unit: float = 1.0) -> tuple[Tensor, Tensor]:
