@@ -9,6 +9,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+from vision_lowrank import pretraining_run
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.fitting import read_checkpoint
@@ -90,6 +91,23 @@ def test_run_learns_and_leaves_everything_behind(configure, capsys):
     best = read_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, best[f"model.encoder.{name}"]), name
+
+
+def test_without_validation_tiles_the_weights_of_the_last_epoch_are_kept(configure, monkeypatch):
+    marked = []
+    monkeypatch.setattr(pretraining_run, "save_curves", lambda path, panels, best: marked.append(best))
+    source = "data.sources.indian_pines"
+    config = configure("trainer.max_epochs=2", f"{source}.validation=0", f"{source}.stride=8")
+    assert train(config) == []
+    folder = run_folder(config)
+    last = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    assert [row["epoch"] for row in last["history"]] == [1, 2]
+    assert marked == [2]
+    encoder = LessViT.from_pretrained(folder / "encoder")
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, last["state_dict"][f"model.encoder.{name}"]), name
+    found = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]
+    assert all(found[kind]["Hyper-MAE"] > 0 for kind in ("positions", "channels", "both"))
 
 
 def test_errors_are_those_of_the_masked_values(configure):

@@ -55,7 +55,8 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     """Pretrains on the tiles of the configuration and leaves a run folder.
 
     The folder holds `encoder/` (for `LessViT.from_pretrained`), `history.csv`, pictures, `checkpoints/`, and, written
-    last, `metrics.json`.
+    last, `metrics.json`. The encoder is that of the epoch with the least loss on validation tiles, or, where no source
+    has any, of the last epoch.
 
     Returns:
         The folder, and the mean squared error by kind of hiding and filling; empty on ranks other than 0.
@@ -83,7 +84,8 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
             len(source.bands),
         )
     best, last = checkpoints(folder, "val/loss", "min")
-    trainer = make_trainer(config, precision, [best, last], use_distributed_sampler=False)
+    validated = any(source.validation.size for source in data.sources.values())
+    trainer = make_trainer(config, precision, [best, last] if validated else [last], use_distributed_sampler=False)
     started = time.perf_counter()
     trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
     if trainer.interrupted:
@@ -91,17 +93,19 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     if process_rank() > 0:
         return folder, {}
     seconds = time.perf_counter() - started
-    if not best.best_model_path:
+    chosen = best.best_model_path if validated else last.path
+    if not (task.history and chosen):
         raise CheckpointError("no epoch was finished, so there are no weights to keep; raise trainer.max_epochs")
+    content = read_checkpoint(chosen)
     kept: HyperMAEPretraining = instantiate(config.task, model=instantiate(config.model))
     # another one than was trained, of whose weights this process may hold a part only
-    kept.load_state_dict(read_checkpoint(best.best_model_path)["state_dict"])
+    kept.load_state_dict(content["state_dict"])
     with atomic_folder(folder / "encoder") as temporary:
         kept.model.encoder.save_pretrained(temporary)
         # weights that leave the run still tell what they have seen
         shutil.copy(folder / "provenance.json", temporary)
     write_csv(folder / "history.csv", task.history)
-    _save_curves(folder / "curves.png", task.history)
+    _save_curves(folder / "curves.png", task.history, content["epoch"] + 1)
     errors = evaluate_reconstruction(kept.eval(), data, precision, folder)
     facts = {
         "seconds": seconds,
@@ -253,7 +257,7 @@ def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths
     save_spectra(folder / "spectra.png", wavelengths, np.stack(hidden), spectra, titles)
 
 
-def _save_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+def _save_curves(path: Path, history: Sequence[Mapping[str, float]], kept: float) -> None:
     epochs = [row["epoch"] for row in history]
     panels = {
         part: {
@@ -263,5 +267,4 @@ def _save_curves(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         for part in ("loss", "position loss", "channel loss")
     }
     panels["learning rate"] = {"AdamW": (epochs, [row["learning rate"] for row in history])}
-    best = min(history, key=lambda row: row.get("val/loss", float("inf")))
-    save_curves(path, panels, best["epoch"])
+    save_curves(path, panels, kept)
