@@ -1,6 +1,7 @@
 """Pretraining from a card to a run folder, on a scene that a small model can reconstruct."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,26 @@ def test_without_validation_tiles_the_weights_of_the_last_epoch_are_kept(configu
         assert torch.equal(value, last["state_dict"][f"model.encoder.{name}"]), name
     found = json.loads((folder / "metrics.json").read_text())["mean_squared_error"]
     assert all(found[kind]["Hyper-MAE"] > 0 for kind in ("positions", "channels", "both"))
+
+
+def test_a_model_that_hides_channels_alone_is_judged_and_drawn(configure, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pretraining_run, "save_spectra", lambda *given: drawn.append(given))
+    config = configure("model.mask_ratio=0")
+    data = instantiate(config.data)
+    data.setup()
+    task = instantiate(config.task, model=instantiate(config.model)).eval()
+    errors = pretraining_run.evaluate_reconstruction(task, data, "32-true", tmp_path)
+    assert errors["channels"]["Hyper-MAE"] > 0
+    assert errors["positions"] == errors["both"] == {}
+    assert (tmp_path / "reconstructions.png").exists()
+    ((_, wavelengths, hidden, spectra, titles),) = drawn
+    assert [title.rpartition(" ")[2] for title in titles] == ["shown", "shown"]
+    assert hidden.sum(1).tolist() == [len(wavelengths) // 2] * 2
+    batch = next(iter(data.test_dataloader()))
+    row, column = map(int, re.fullmatch(r"tile 0, row (\d+), column (\d+): position shown", titles[0]).groups())
+    expected = batch["image"][0, :, row, column].numpy()
+    np.testing.assert_allclose(spectra[0]["target"], expected, rtol=1e-6)
 
 
 def test_errors_are_those_of_the_masked_values(configure):

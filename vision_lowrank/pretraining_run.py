@@ -230,7 +230,7 @@ def _tile(
 
 
 def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths: np.ndarray) -> None:
-    """Draws reconstructions in colour, and the spectra of two pixels that were shown and two that were not."""
+    """Draws reconstructions in colour, and the spectra of two pixels that were shown and up to two that were not."""
     interpolated = "over wavelength"
     save_reconstructions(
         folder / "reconstructions.png",
@@ -246,6 +246,9 @@ def _save_pictures(folder: Path, tiles: Sequence[Mapping[str, Any]], wavelengths
     for number, tile in enumerate(tiles[:2]):
         for shown in (True, False):
             places = np.argwhere(tile["hidden_pixels"] != shown)
+            if not len(places):
+                # a model may hide channels alone
+                continue
             row, column = places[len(places) // 2]
             spectra.append(
                 {"target": tile["target"][:, row, column]}
