@@ -179,3 +179,24 @@ def test_masks_that_leave_nothing_and_ranks_of_nothing_are_refused():
         tiny(mask_ratio=1)
     with pytest.raises(ConfigError, match="interpolation_rank is 0; give at least 1, or null"):
         tiny(interpolation_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "options", "message"),
+    [
+        ("rope", {"decoder_dim": 64, "decoder_heads": 16},
+         "embedding=rope .* here 4 and 1: change decoder_channel_dim_per_head$"),
+        ("rope", {"decoder_dim": 48, "decoder_heads": 4, "decoder_channel_dim_per_head": 3},
+         "embedding=rope .* here 3 and 4: change decoder_channel_dim_per_head$"),
+        ("sincos", {"decoder_dim": 126, "decoder_heads": 6, "decoder_channel_dim_per_head": 3},
+         "^decoder_dim is 126; embedding=sincos needs a multiple of 4$"),
+    ],
+)  # fmt: skip
+def test_widths_of_the_decoder_that_its_embedding_cannot_have(embedding, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(embedding, **options)
+    if embedding == "rope":
+        # without places there is nothing to turn
+        model = tiny(embedding, decoder_rotation=False, **options)
+        patches = make(model)
+        assert model.reconstruct(patches, "optical", model.draw_noise(patches, "optical")).loss.isfinite()

@@ -284,8 +284,18 @@ def test_wrong_images_and_settings():
         model(None, None, 10.0, image(1, 2, 16, 16))
     with pytest.raises(ConfigError, match="embedding is 'fourier'"):
         tiny(embedding="fourier")
-    with pytest.raises(ConfigError, match="embedding=rope needs"):
-        tiny(embedding="rope", channel_dim_per_head=1)
+    for options, message in (
+        (
+            {"embedding": "rope", "channel_dim_per_head": 1},
+            "embedding=rope needs .* 1 and 16: change channel_dim_per_head",
+        ),
+        ({"embedding": "rope", "attention": "full", "embed_dim": 54}, "here 9 and 9: change embed_dim or num_heads"),
+        ({"embedding": "rope", "attention": "full", "embed_dim": 27}, "here 5 and 4: change embed_dim or num_heads"),
+        ({"attention": "full", "embed_dim": 64}, "embed_dim is 64; give a multiple of num_heads, 3"),
+        ({"embed_dim": 66, "channel_dim_per_head": 2}, "embed_dim is 66; embedding=sincos needs a multiple of 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny(**options)
     # another precision than the model's is converted
     x = image(1, 5, 16, 16)
     torch.testing.assert_close(model(x.float(), WAVELENGTHS, 10.0), model(x, WAVELENGTHS, 10.0), atol=1e-4, rtol=0)

@@ -85,7 +85,8 @@ class HyperMAE(nn.Module):
             start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1, or a width, a number of heads or a rank below 1.
+        ConfigError: a share is not between 0 and 1, a width, a number of heads or a rank below 1, or the encoder's
+            embedding cannot have the decoder's widths.
     """
 
     def __init__(
@@ -117,7 +118,10 @@ class HyperMAE(nn.Module):
         self.variance_floor = variance_floor
         kind = encoder.attention
         self.decoder_embedding = encoder.embedding if decoder_rotation or encoder.embedding == "sincos" else None
-        self.decoder_turned = turned_widths(kind, decoder_dim, decoder_heads, decoder_channel_dim_per_head)
+        self.decoder_turned = turned_widths(
+            *(kind, self.decoder_embedding, decoder_dim, decoder_heads, decoder_channel_dim_per_head),
+            ("decoder_dim", "decoder_heads", "decoder_channel_dim_per_head"),
+        )
         self.decoder_embed = nn.Linear(encoder.num_features, decoder_dim)
         self.decoder_mask_token, self.decoder_channel_mask_token, self.decoder_spatial_mask_token = (
             nn.Parameter(torch.empty(decoder_dim).normal_(std=0.02)) for _ in range(3)

@@ -183,12 +183,10 @@ class LessViT(
         self.field_radius = field_radius
         self.global_pool = global_pool
         self.grad_checkpointing = False
-        self.turned = turned_widths(attention, embed_dim, num_heads, channel_dim_per_head)
-        if embedding == "rope" and (self.turned[0] % 2 or self.turned[1] % 4):
-            raise ConfigError(
-                f"embedding=rope needs an even width for channels and a multiple of 4 for positions in each head, here "
-                f"{self.turned[0]} and {self.turned[1]}: change channel_dim_per_head"
-            )
+        self.turned = turned_widths(
+            *(attention, embedding, embed_dim, num_heads, channel_dim_per_head),
+            ("embed_dim", "num_heads", "channel_dim_per_head"),
+        )
         modalities = ("optical", "radar") if radar else ("optical",)
         self.patch_embed = nn.ModuleDict({name: _patch_embedding(patch_size, embed_dim) for name in modalities})
         self.cls_token, self.channel_cls_token, self.spatial_cls_token = (
@@ -517,10 +515,37 @@ def make_context(
     )
 
 
-def turned_widths(kind: str, dim: int, num_heads: int, channel_dim_per_head: int) -> tuple[int, int]:
-    """Returns how many entries of a head rotations turn by wavelength and by place."""
+def turned_widths(
+    kind: str, embedding: str | None, dim: int, num_heads: int, channel_dim_per_head: int, names: tuple[str, str, str]
+) -> tuple[int, int]:
+    """Returns how many entries of a head rotations turn by wavelength and by place.
+
+    Args:
+        kind: of attention; this and what follows as for `LessViT`.
+        embedding: see there; None where tokens are not told their places.
+        dim: width.
+        num_heads: heads.
+        channel_dim_per_head: the channels' share of a head's width.
+        names: of the options that the last three are, for errors.
+
+    Raises:
+        ConfigError: heads do not make up the width, or the embedding cannot have these widths.
+    """
+    if kind == "full" and dim % num_heads:
+        raise ConfigError(f"{names[0]} is {dim}; give a multiple of {names[1]}, {num_heads}")
+    if embedding == "sincos" and dim % 4:
+        raise ConfigError(f"{names[0]} is {dim}; embedding=sincos needs a multiple of 4")
     width = dim // num_heads
-    return (width // 2, width // 2) if kind == "full" else (channel_dim_per_head, width // channel_dim_per_head)
+    turned = (
+        (width - width // 2, width // 2) if kind == "full" else (channel_dim_per_head, width // channel_dim_per_head)
+    )
+    if embedding == "rope" and (turned[0] % 2 or turned[1] % 4 or not turned[1]):
+        option = f"{names[0]} or {names[1]}" if kind == "full" else names[2]
+        raise ConfigError(
+            f"embedding=rope needs an even width for channels and a multiple of 4 for positions in each head, here "
+            f"{turned[0]} and {turned[1]}: change {option}"
+        )
+    return turned
 
 
 def initialise(module: nn.Module) -> None:
