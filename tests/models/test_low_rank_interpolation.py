@@ -1,5 +1,8 @@
 """Low-rank interpolation: the posterior mean of a Gaussian process over wavelength, means over the ground."""
 
+import copy
+
+import pytest
 import torch
 
 from vision_lowrank.models.layers.embeddings import grid_coordinates, sincos
@@ -34,6 +37,25 @@ def test_hidden_tokens_are_posterior_means_and_means_by_inverse_distance():
             torch.testing.assert_close(found[b, 0, 1 + n], around[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[b, 1:, 0], posterior @ tokens[b, 1:, 0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[b, 0, 0], tokens[b, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_single_precision_rounded(dtype):
+    torch.manual_seed(0)
+    half = LowRankInterpolation(3).to(dtype)
+    torch.nn.init.constant_(half.log_noise, -1.0)
+    single = copy.deepcopy(half).float()
+    whole = grid_coordinates(WAVELENGTHS, torch.tensor([10.0, 30.0]), 3, 4, 2)
+    tokens = torch.randn(2, 4, 5, 6).to(dtype)
+    found = half(tokens, whole, whole.keep(CHANNELS, POSITIONS))
+    assert found.dtype == dtype
+    expected = single(tokens.float(), whole, whole.keep(CHANNELS, POSITIONS))
+    # the loadings alone are of half precision
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    # a class token of both axes is a copy
+    assert torch.equal(found[:, 0, 0], tokens[:, 0, 0])
+    found.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in half.parameters())
 
 
 def test_channels_of_any_number_learn_one_another():

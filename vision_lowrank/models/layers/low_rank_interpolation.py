@@ -35,20 +35,24 @@ class LowRankInterpolation(nn.Module):
         self.log_noise = nn.Parameter(torch.zeros(1))
 
     def spectral_weights(self, wavelengths: Tensor, seen: Tensor) -> Tensor:
-        """Returns (B, C, C'), by which what was seen becomes the posterior mean of each channel.
+        """Returns (B, C, C'), by which what was seen becomes the posterior mean of each channel; at least float32.
 
         Args:
             wavelengths: of the channels to fill, nanometres (B, C).
             seen: of the channels seen, nanometres (B, C').
         """
         encodings = (sincos(values, WIDTHS[0]).to(self.log_noise.dtype) for values in (wavelengths, seen))
-        wanted, given = (self.loadings(encoding) for encoding in encodings)
+        # no system is solved in half precision
+        dtype = torch.promote_types(self.log_noise.dtype, torch.float32)
+        wanted, given = (self.loadings(encoding).to(dtype) for encoding in encodings)
         # (rank, rank) to solve, not (C', C')
-        noise = self.log_noise.exp() * torch.eye(given.shape[-1], device=given.device, dtype=given.dtype)
+        noise = self.log_noise.to(dtype).exp() * torch.eye(given.shape[-1], device=given.device, dtype=dtype)
         return wanted @ torch.linalg.solve(given.mT @ given + noise, given.mT)
 
     def forward(self, tokens: Tensor, whole: Coordinates, seen: Coordinates) -> Tensor:
         """Returns tokens of all channels and positions (B, 1 + C, 1 + N, E), those of classes from those of classes.
+
+        They are of the precision of this layer's weights.
 
         Args:
             tokens: what was seen (B, 1 + C', 1 + N', E); row 0 and column 0 are class tokens.
@@ -63,7 +67,7 @@ class LowRankInterpolation(nn.Module):
             spatial = near / near.sum(-1, keepdim=True)
             # one factor after the other; einsum of all three would build their product
             filled = torch.einsum("bmn,bkne->bkme", _with_class(spatial), tokens.to(spectral.dtype))
-            return torch.einsum("bck,bkme->bcme", _with_class(spectral), filled)
+            return torch.einsum("bck,bkme->bcme", _with_class(spectral), filled).to(self.log_noise.dtype)
 
 
 def _with_class(weights: Tensor) -> Tensor:
