@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import timm
+import timm.optim
 import torch
 from torch import nn
 
@@ -192,6 +193,30 @@ def test_contract_with_timm():
     model.reset_classifier(0)
     assert torch.equal(model(x, WAVELENGTHS, 10.0), features)
     assert model.no_weight_decay() == {"cls_token", "channel_cls_token", "spatial_cls_token"}
+
+
+def test_rates_of_layers_are_those_of_a_timm_vit():
+    def scales(model):
+        optimiser = timm.optim.create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+        groups = {id(each): group["lr_scale"] for group in optimiser.param_groups for each in group["params"]}
+        return {name: groups[id(each)] for name, each in model.named_parameters()}
+
+    def layer(name):
+        parts = name.split(".")
+        stem = "cls_token" in parts[0] or parts[0] in ("patch_embed", "pos_embed")
+        return "stem" if stem else ".".join(parts[: 2 if parts[0] == "blocks" else 1])
+
+    found = []
+    for name in ("less_vit_tiny", "vit_tiny_patch16_224"):
+        by_layer = {}
+        for parameter, scale in scales(timm.create_model(name, num_classes=3, depth=4)).items():
+            by_layer.setdefault(layer(parameter), set()).add(scale)
+        found.append(by_layer)
+    assert found[0] == found[1]
+    assert found[0] == {
+        "stem": {2.0**-5}, "blocks.0": {2.0**-4}, "blocks.1": {2.0**-3}, "blocks.2": {2.0**-2}, "blocks.3": {2.0**-1},
+        "norm": {2.0**-1}, "head": {1.0},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models._manipulate import group_parameters
 from torch import nn
 
 from vision_lowrank.adapters import LoRA, count_parameters, inject, merge
@@ -265,3 +266,22 @@ def test_adapters_on_every_projection_merge_exactly():
     merge(model)
     torch.testing.assert_close(model(x), adapted, atol=1e-10, rtol=0)
     assert count_parameters(model).head == 128 * 4 + 4
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layers_of_different_rates_follow_one_another(coarse):
+    model = LolaSpecViT(4, 3, 9, (2,), (3,), 8, (2, 1, 2), (2, 2, 2), window_size=3)
+    layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    found = {}
+    for name, number in layers.items():
+        parts = name.split(".")
+        found.setdefault(".".join(parts[: 3 if parts[0] == "stages" else 1]), set()).add(number)
+    expected = {
+        "pos_embed": 0, "stem": 0, "stages.0.0": 1, "stages.0.1": 2, "stages.1.0": 3, "stages.1.1": 3, "stages.2.0": 4,
+        "stages.2.1": 4, "stages.2.2": 5, "norm": 5, "head": 6,
+    }  # fmt: skip
+    if coarse:
+        expected = {"pos_embed": 0, "stem": 0, "norm": 3, "head": 4} | {
+            name: 1 + int(name[7]) for name in expected if name.startswith("stages")
+        }
+    assert found == {name: {number} for name, number in expected.items()}

@@ -19,6 +19,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -466,6 +467,18 @@ class LessViT(
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory: while training, blocks compute their activations again for the gradient."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns which parameters belong to one layer, as timm's layer-wise learning rates read it.
+
+        Args:
+            coarse: not used, as by timm's ViT: a block is the coarsest group.
+        """
+        return {
+            "stem": r"^cls_token|^channel_cls_token|^spatial_cls_token|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", MATCH_PREV_GROUP)],
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath, SwiGLU
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from vision_lowrank.argument_types import check_least
@@ -173,6 +174,23 @@ class LolaSpecViT(
         self.num_classes = num_classes
         note_classes(self, num_classes)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns which parameters belong to one layer, as timm's layer-wise learning rates read it.
+
+        Args:
+            coarse: a stage is a group, not each of its blocks.
+        """
+        stages = [
+            # what leads to a stage belongs to its first block, whose number is then 1
+            (r"^stages\.(\d+)\.0\.(?:norm\.|reduction\.)", (1,)),
+            (r"^stages\.(\d+)\.(\d+)", None),
+        ]
+        return {
+            "stem": r"^stem|^pos_embed",
+            "blocks": [*([(r"^stages\.(\d+)", None)] if coarse else stages), (r"^norm", MATCH_PREV_GROUP)],
+        }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
