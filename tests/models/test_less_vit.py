@@ -190,9 +190,28 @@ def test_contract_with_timm():
         x, WAVELENGTHS, 10.0, indices=[3], norm=True, output_fmt="BCND", intermediates_only=True
     )
     assert torch.equal(maps[0].flatten(2).transpose(1, 2), grid[:, 0, 1:])
+    early, maps = model.forward_intermediates(x, WAVELENGTHS, 10.0, indices=[1, 3], norm=True, stop_early=True)
+    assert torch.equal(early[:, 0, 1:], maps[1].flatten(2).transpose(1, 2))
+    del model.blocks[4:]
+    assert torch.equal(early, model.forward_features(x, WAVELENGTHS, 10.0))
+    features = early[:, 0, 0]
+    assert features.shape[1] == model.head_hidden_size
     model.reset_classifier(0)
     assert torch.equal(model(x, WAVELENGTHS, 10.0), features)
     assert model.no_weight_decay() == {"cls_token", "channel_cls_token", "spatial_cls_token"}
+
+
+def test_timm_makes_maps_of_some_blocks_of_it():
+    model = timm.create_model("less_vit_tiny", features_only=True, patch_size=4, depth=5, out_indices=(1, -1)).eval()
+    assert (model.feature_info.channels(), model.feature_info.reduction()) == ([192, 192], [4, 4])
+    x, radar = torch.randn(2, 5, 8, 12), torch.randn(2, 2, 8, 12)
+    found = model(x, WAVELENGTHS, gsd=10.0, radar=radar, radar_wavelengths=[5500.0, 5700.0])
+    grids = model.model.forward_intermediates(
+        *(x, WAVELENGTHS, 10.0, radar, [5500.0, 5700.0]), output_fmt="BCND", intermediates_only=True
+    )
+    for features, grid in zip(found, (grids[1], grids[4]), strict=True):
+        assert torch.equal(features, grid[:, 0, 1:].mT.unflatten(2, (2, 3)))
+    assert timm.create_model("less_vit_tiny", features_only=True, depth=5).feature_info.out_indices == (-3, -2, -1)
 
 
 def test_rates_of_layers_are_those_of_a_timm_vit():
@@ -252,13 +271,17 @@ def test_saved_model_and_checkpointed_gradients_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [7, 0])
-def test_a_model_with_another_head_is_saved_with_it(classes, tmp_path):
+@pytest.mark.parametrize("pool", [None, "avg"])
+def test_a_model_with_another_head_is_saved_with_it(classes, pool, tmp_path):
     model = tiny().float()
-    model.reset_classifier(classes)
+    model.reset_classifier(classes, pool)
     model.save_pretrained(tmp_path)
     loaded = LessViT.from_pretrained(tmp_path, strict=True).eval()
     x = image(2, 5, 16, 16).float()
     assert loaded(x, WAVELENGTHS, 10.0).shape == (2, classes or 48)
+    tokens = loaded.forward_features(x, WAVELENGTHS, 10.0)
+    pooled = tokens[:, 0, 0] if pool is None else tokens[:, 1:, 1:].mean((1, 2))
+    torch.testing.assert_close(loaded.forward_head(tokens, pre_logits=True), pooled)
     assert torch.equal(loaded(x, WAVELENGTHS, 10.0), model(x, WAVELENGTHS, 10.0))
 
 
@@ -307,6 +330,10 @@ def test_wrong_images_and_settings():
         model(image(1, 5, 16, 16), WAVELENGTHS, 10.0, present=torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(DataError, match="radar has 2 channels but no radar_wavelengths"):
         model(None, None, 10.0, image(1, 2, 16, 16))
+    with pytest.raises(ConfigError, match="global_pool is 'max'; it can be token or avg"):
+        tiny(global_pool="max")
+    with pytest.raises(ConfigError, match="global_pool is 'max'; it can be token or avg"):
+        model.reset_classifier(4, "max")
     with pytest.raises(ConfigError, match="embedding is 'fourier'"):
         tiny(embedding="fourier")
     for options, message in (

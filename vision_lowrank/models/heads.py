@@ -21,7 +21,7 @@ from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import fused_attention
 from vision_lowrank.models.less_vit import LessViT, Wavelengths
-from vision_lowrank.models.saved import note_classes
+from vision_lowrank.models.saved import note_settings
 
 CHANNELS_OF_A_GROUP = 8
 
@@ -236,7 +236,7 @@ class LessSegmentation(
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new layer for `num_classes` in place of the one that makes logits; the rest of the head stays."""
         self.num_classes = num_classes
-        note_classes(self, num_classes)
+        note_settings(self, num_classes=num_classes)
         self.head.reset_classifier(num_classes)
 
     @torch.jit.ignore

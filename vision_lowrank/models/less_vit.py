@@ -18,7 +18,7 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath, LayerScale, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +36,7 @@ from vision_lowrank.models.layers.embeddings import (
 )
 from vision_lowrank.models.layers.joint_attention import JointAttention
 from vision_lowrank.models.layers.kronecker_attention import Context, LessAttention
-from vision_lowrank.models.saved import note_classes
+from vision_lowrank.models.saved import note_settings
 
 Wavelengths = Tensor | Sequence[float]
 
@@ -165,14 +165,16 @@ class LessViT(
             ("attention", attention, ("less", "full", "additive")),
             ("embedding", embedding, ("sincos", "rope")),
             ("position_unit", position_unit, ("metres", "patches")),
-            ("global_pool", global_pool, ("token", "avg")),
         ):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}; it can be {' or '.join(known)}")
         check_least(1, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_least(1, channel_dim_per_head=channel_dim_per_head, rank=rank)
         self.patch_size = patch_size
-        self.num_features = embed_dim
+        self.num_features = self.head_hidden_size = embed_dim
+        self.feature_info = [
+            {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": patch_size} for index in range(depth)
+        ]
         self.rank = rank
         self.shared_values = shared_values
         self.mlp_ratio = mlp_ratio
@@ -182,7 +184,7 @@ class LessViT(
         self.position_unit = position_unit
         self.wavelength_range = (float(wavelength_range[0]), float(wavelength_range[1]))
         self.field_radius = field_radius
-        self.global_pool = global_pool
+        self.global_pool: str
         self.grad_checkpointing = False
         self.turned = turned_widths(
             *(attention, embedding, embed_dim, num_heads, channel_dim_per_head),
@@ -207,7 +209,7 @@ class LessViT(
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module
         self.apply(initialise)
-        self.reset_classifier(num_classes)
+        self.reset_classifier(num_classes, global_pool)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -415,6 +417,7 @@ class LessViT(
         present: Tensor | None = None,
         indices: int | list[int] | None = None,
         norm: bool = False,
+        stop_early: bool = False,
         output_fmt: Literal["NCHW", "BCND"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
@@ -429,6 +432,7 @@ class LessViT(
             present: see there.
             indices: blocks, or the number of last ones; None for all.
             norm: apply the last LayerNorm to intermediates too.
+            stop_early: leave out the blocks after the last chosen one; the final tokens are then its.
             output_fmt: NCHW: the positions' tokens that belong to no channel, as maps (B, D, rows, columns). BCND: all
                 tokens (B, 1 + C, 1 + N, D).
             intermediates_only: leave out the final tokens.
@@ -444,7 +448,7 @@ class LessViT(
         x = self.embed(patches)
         context = self.context(patches.coordinates)
         found = []
-        for index, block in enumerate(self.blocks[: last + 1] if intermediates_only else self.blocks):
+        for index, block in enumerate(self.blocks[: last + 1] if stop_early or intermediates_only else self.blocks):
             x = self._run(block, x, context)
             if index in taken:
                 tokens = self.norm(x) if norm else x
@@ -457,10 +461,22 @@ class LessViT(
         """Returns the head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts a new head for `num_classes` in place of the present one; 0 leaves the features as they are."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts a new head in place of the present one.
+
+        Args:
+            num_classes: number of logits; 0 leaves the features as they are.
+            global_pool: what the head reads, see the class; None for what it has read.
+
+        Raises:
+            ConfigError: there is no such `global_pool`.
+        """
+        if global_pool is not None:
+            if global_pool not in ("token", "avg"):
+                raise ConfigError(f"global_pool is {global_pool!r}; it can be token or avg")
+            self.global_pool = global_pool
         self.num_classes = num_classes
-        note_classes(self, num_classes)
+        note_settings(self, num_classes=num_classes, global_pool=self.global_pool)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore
@@ -579,8 +595,34 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+class LessFeatures(FeatureGetterNet):
+    """A LESS ViT of whose blocks some are read, by default the last three: what timm's `features_only` makes of it."""
+
+    def forward(
+        self,
+        image: Tensor | None,
+        wavelengths: Wavelengths | None,
+        gsd: Tensor | float,
+        radar: Tensor | None = None,
+        radar_wavelengths: Wavelengths | None = None,
+        present: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Maps a batch to maps of features (B, D, rows, columns); arguments and errors as for `LessViT.patches`."""
+        features: list[Tensor] = self.model.forward_intermediates(
+            *(image, wavelengths, gsd, radar, radar_wavelengths, present, self.out_indices, self.norm),
+            output_fmt=self.output_fmt,
+            intermediates_only=True,
+        )
+        return features
+
+
 def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> LessViT:
-    model: LessViT = build_model_with_cfg(LessViT, name, pretrained, kwargs_filter=("in_chans",), **(sizes | given))
+    model: LessViT = build_model_with_cfg(
+        *(LessViT, name, pretrained),
+        feature_cfg={"out_indices": 3, "feature_cls": LessFeatures},
+        kwargs_filter=("in_chans",),
+        **(sizes | given),
+    )
     return model
 
 

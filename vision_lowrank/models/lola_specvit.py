@@ -25,7 +25,7 @@ from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.spectral_stem import SpectralStem
 from vision_lowrank.models.layers.window_attention import WindowAttention
-from vision_lowrank.models.saved import note_classes
+from vision_lowrank.models.saved import note_settings
 
 
 class Block(nn.Module):
@@ -172,7 +172,7 @@ class LolaSpecViT(
     def reset_classifier(self, num_classes: int) -> None:
         """Puts a new head for `num_classes` in place of the present one; 0 leaves the features as they are."""
         self.num_classes = num_classes
-        note_classes(self, num_classes)
+        note_settings(self, num_classes=num_classes)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore

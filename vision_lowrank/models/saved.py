@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 
-def note_classes(model: Any, num_classes: int) -> None:
-    """Lets `save_pretrained` write the present number of classes instead of that which the model was made with."""
+def note_settings(model: Any, **settings: Any) -> None:
+    """Lets `save_pretrained` write present settings instead of those which the model was made with."""
     if hasattr(model, "_hub_mixin_config"):
-        model._hub_mixin_config["num_classes"] = num_classes
+        model._hub_mixin_config.update(settings)
 
 
 def load_saved(kind: type[nn.Module], folder: str | Path) -> Any:

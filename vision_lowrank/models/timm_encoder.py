@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vision_lowrank.errors import CheckpointError, ConfigError, DataError
 from vision_lowrank.models.encoders import pad_to_patches
 from vision_lowrank.models.heads import quarters
+from vision_lowrank.models.less_vit import LessViT
 
 # nanometres that a band may lie off the colour that it stands for
 FARTHEST_BAND = 50.0
@@ -200,7 +201,9 @@ def _create_timm(model_name: str, pretrained: bool) -> Any:
     except Exception as error:
         kind = CheckpointError if pretrained else ConfigError
         raise kind(f"{model_name}: cannot be built ({error}); correct its name, or give a file as weights") from error
-    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+    # LESS ViT's maps take wavelengths beside an image
+    by_contract = hasattr(model, "forward_intermediates") and not isinstance(model, LessViT)
+    if not by_contract or not getattr(model, "feature_info", None):
         raise ConfigError(f"{model_name} has no map of features by timm's contract; take another model")
     return model
 
