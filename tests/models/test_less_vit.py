@@ -318,6 +318,30 @@ def test_wrong_wavelengths_and_pixel_sizes(arguments, message):
         tiny()(image(2, 5, 16, 16), *arguments)
 
 
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((2, 5, 16, 16), {"gsd": None}, "gsd is None; give the size of a pixel in metres"),
+        ((2, 5, 16, 16), {"gsd": torch.ones(3)}, r"gsd is of shape \(3,\); give .* one for all 2 images or \(batch,\)"),
+        ((2, 5, 16, 16), {"gsd": torch.ones(2, 1)}, r"gsd is of shape \(2, 1\)"),
+        ((2, 5, 16, 16), {"gsd": [10.0, 10.0, 10.0]}, r"gsd is of shape \(3,\)"),
+        ((0, 5, 16, 16), {}, r"channels of the batch are \(0, 5, 16, 16\); give at least one image"),
+        ((2, 0, 16, 16), {"wavelengths": []}, r"channels of the batch are \(2, 0, 16, 16\)"),
+        ((2, 5, 0, 16), {}, r"channels of the batch are \(2, 5, 0, 16\)"),
+        ((2, 5, 16, 16), {"present": torch.ones(2, 5)}, r"present is torch\.float32; give bool"),
+        ((2, 5, 16, 16), {"present": torch.tensor([[True] * 5, [False] * 5])}, r"present leaves images \[1\]"),
+        ((2, 5, 16, 24), {"radar": (1, 2, 16, 24)}, r"radar is \(1, 2, 16, 24\) beside an image of \(2, 5, 16, 24\)"),
+        ((2, 5, 16, 24), {"radar": (2, 2, 8, 24)}, r"radar is \(2, 2, 8, 24\) beside an image"),
+        ((2, 5, 16, 24), {"radar": (2, 2, 16, 16)}, "give both of one batch, height and width"),
+    ],
+)
+def test_batches_that_cannot_be_read(shape, arguments, message):
+    if "radar" in arguments:
+        arguments = {"radar": image(*arguments["radar"]), "radar_wavelengths": [5500.0, 5700.0]}
+    with pytest.raises(DataError, match=message):
+        tiny()(image(*shape), **({"wavelengths": WAVELENGTHS, "gsd": 10.0} | arguments))
+
+
 def test_wrong_images_and_settings():
     model = tiny()
     with pytest.raises(ConfigError, match="output_fmt is 'NLC'; it can be NCHW or BCND"):
@@ -334,6 +358,9 @@ def test_wrong_images_and_settings():
         tiny(global_pool="max")
     with pytest.raises(ConfigError, match="global_pool is 'max'; it can be token or avg"):
         model.reset_classifier(4, "max")
+    for limits in ((500.0, 500.0), (2500.0, 400.0), (400.0,)):
+        with pytest.raises(ConfigError, match=r"wavelength_range is \[.*\]; give two nanometres, the lesser first"):
+            tiny(wavelength_range=limits)
     with pytest.raises(ConfigError, match="embedding is 'fourier'"):
         tiny(embedding="fourier")
     for options, message in (

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -182,6 +183,8 @@ class LessViT(
         self.attention = attention
         self.embedding = embedding
         self.position_unit = position_unit
+        if len(wavelength_range) != 2 or not wavelength_range[0] < wavelength_range[1]:
+            raise ConfigError(f"wavelength_range is {list(wavelength_range)}; give two nanometres, the lesser first")
         self.wavelength_range = (float(wavelength_range[0]), float(wavelength_range[1]))
         self.field_radius = field_radius
         self.global_pool: str
@@ -238,7 +241,8 @@ class LessViT(
             present: bool (B, C + C'), False for channels that only pad the batch.
 
         Raises:
-            DataError: wavelengths or pixel size are missing, of another length, or cannot be nanometres or metres.
+            DataError: wavelengths or pixel size are missing, of another length, or cannot be nanometres or metres;
+                image and radar are empty or of different sizes; `present` is no bool for each channel, or an image has none.
             ConfigError: there is no image, or the model does not read radar.
         """
         parts = [
@@ -248,18 +252,38 @@ class LessViT(
         ]
         if not parts:
             raise ConfigError("neither image nor radar is given; give one of them")
+        if image is not None and radar is not None and image[:, 0].shape != radar[:, 0].shape:
+            raise DataError(
+                f"radar is {tuple(radar.shape)} beside an image of {tuple(image.shape)}; give both of one batch, "
+                "height and width"
+            )
         pixels = torch.cat([part.to(self.cls_token.dtype) for _, part, _ in parts], dim=1)
         nanometres = torch.cat([values for *_, values in parts], dim=1)
         if present is not None and present.shape != nanometres.shape:
             raise DataError(f"present is {tuple(present.shape)}, the image has {tuple(nanometres.shape)} channels")
+        if present is not None and present.dtype != torch.bool:
+            raise DataError(f"present is {present.dtype}; give bool, False for channels that only pad the batch")
         if present is not None:
             # whatever stands there, NaN too, may not reach the others through weights of 0
             pixels = pixels.masked_fill(~present[:, :, None, None], 0.0)
             nanometres = nanometres.masked_fill(~present, SHORTEST_NANOMETRES)
-        # not len(), which would tie an exported graph to the size of one batch
-        metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(pixels.shape[0])
+        try:
+            # not compared with len(), which would tie an exported graph to the size of one batch
+            metres = torch.as_tensor(gsd, dtype=torch.float32, device=pixels.device).expand(pixels.shape[0])
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = f"of shape {tuple(np.shape(gsd))}" if np.ndim(gsd) else repr(gsd)
+            raise DataError(
+                f"gsd is {found}; give the size of a pixel in metres, one for all {pixels.shape[0]} images or (batch,)"
+            ) from error
         # an exported graph has no values to look at
         if not torch.compiler.is_exporting():
+            if not pixels.numel():
+                raise DataError(
+                    f"the channels of the batch are {tuple(pixels.shape)}; give at least one image, channel and pixel"
+                )
+            if present is not None and not bool(present.any(1).all()):
+                empty = torch.nonzero(~present.any(1)).flatten().tolist()
+                raise DataError(f"present leaves images {empty} of the batch without a channel; leave them out")
             values = nanometres if present is None else nanometres[present]
             if not bool((values.isfinite() & (values > 0)).all()) or values.amin() < SHORTEST_NANOMETRES:
                 check_wavelengths(values.flatten().tolist(), "wavelengths of the batch")
@@ -598,7 +622,9 @@ default_cfgs = generate_default_cfgs(
 class LessFeatures(FeatureGetterNet):
     """A LESS ViT of whose blocks some are read, by default the last three: what timm's `features_only` makes of it."""
 
-    def forward(
+    model: Any
+
+    def forward(  # type: ignore[override]
         self,
         image: Tensor | None,
         wavelengths: Wavelengths | None,
