@@ -242,7 +242,8 @@ class LessViT(
 
         Raises:
             DataError: wavelengths or pixel size are missing, of another length, or cannot be nanometres or metres;
-                image and radar are empty or of different sizes; `present` is no bool for each channel, or an image has none.
+                image and radar are empty or of different sizes; `present` is no bool for each channel, or an image has
+                none.
             ConfigError: there is no image, or the model does not read radar.
         """
         parts = [
