@@ -73,6 +73,31 @@ def test_patches_vote_pixel_by_pixel():
             assert voted == max(range(3), key=lambda index: (votes.count(index), frequency[index]))
 
 
+def test_votes_on_pixels_take_no_more_memory_for_more_patches(monkeypatch):
+    monkeypatch.setattr(probes, "BLOCK", 2000)
+    held = []
+    scatter = torch.Tensor.scatter_add_
+    monkeypatch.setattr(
+        torch.Tensor,
+        "scatter_add_",
+        lambda votes, axis, near, one: held.append(votes.numel() + near.numel()) or scatter(votes, axis, near, one),
+    )
+    generator = torch.Generator().manual_seed(4)
+    train, query = (torch.randn(size, 4, generator=generator) for size in (30, 90))
+    # classes of equal frequency, so that some votes are equal in all and the first class wins
+    masks = torch.stack([torch.randperm(30, generator=generator) % 5 for _ in range(16)], 1)
+    masks = torch.where(masks == 4, 255, masks)
+    found = knn_masks(train, masks, query, 6, 4)
+    assert len(held) == 9
+    assert max(held) <= 2000
+    assert sum(held) == 90 * (6 + 5) * 16
+    similar = torch.nn.functional.cosine_similarity(query[:, None], train[None], dim=2)
+    near = masks[similar.argsort(1, descending=True)[:, :6]].numpy()
+    counts = (near[..., None] == np.arange(4)).sum(1)
+    assert ((counts == counts.max(2, keepdims=True)).sum(2) > 1).mean() > 0.2
+    np.testing.assert_array_equal(found.numpy(), counts.argmax(2))
+
+
 def test_patches_without_labels_have_no_vote():
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     masks = torch.tensor([[255, 255], [1, 255], [1, 0]])

@@ -24,7 +24,7 @@ from vision_lowrank.evaluation.task_metrics import METRICS, Kind, check_classes,
 logger = logging.getLogger(__name__)
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# similarities in memory at once (128 MB)
+# similarities, or votes, in memory at once (128 MB of float32)
 BLOCK = 1 << 25
 # scikit-learn warns where these do not suffice
 ITERATIONS = 2000
@@ -68,7 +68,7 @@ def knn_masks(train: Tensor, masks: Tensor, query: Tensor, k: int, num_classes: 
         train: features of patches (n, d).
         masks: class of each pixel of the patches, integers (n, pixels); `IGNORE` has no vote. Patches without a label
             are passed over.
-        query: features (m, d).
+        query: features (m, d); what is in memory beside them and the result does not grow with m.
         k: neighbours.
         num_classes: K.
 
@@ -85,10 +85,14 @@ def knn_masks(train: Tensor, masks: Tensor, query: Tensor, k: int, num_classes: 
     # less than a vote
     frequency = counts / (counts.sum() + 1) / 2
     found = []
-    for nearest in _nearest(train, masks, query, k):
-        near = masks[nearest]
-        votes = torch.stack([(near == index).sum(1) for index in range(num_classes)], dim=2)
-        found.append((votes + frequency).argmax(2))
+    # no vote counts for one class more
+    voted = torch.where(masks == IGNORE, num_classes, masks.long())
+    pixels, one = voted.shape[1], frequency.new_ones(())
+    for block in _nearest(train, masks, query, k):
+        for nearest in block.split(max(1, BLOCK // ((k + num_classes + 1) * pixels))):
+            near = voted[nearest]
+            votes = frequency.new_zeros(len(near), num_classes + 1, pixels).scatter_add_(1, near, one.expand_as(near))
+            found.append((votes[:, :num_classes] + frequency[:, None]).argmax(1))
     return torch.cat(found)
 
 
