@@ -21,7 +21,7 @@ from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
 from vision_lowrank.models.less_vit import Patches
 from vision_lowrank.processes import SEEDS_APART, current_place, draw_apart, total_over_processes
 from vision_lowrank.sharding import shard
-from vision_lowrank.tasks.optimisation import adamw, check_loss, check_optimisation, warmup_cosine
+from vision_lowrank.tasks.optimisation import adamw, check_loss, check_optimisation, seed_batch, warmup_cosine
 
 
 class MaskedPretraining(L.LightningModule):
@@ -230,11 +230,11 @@ class HyperMAEPretraining(L.LightningModule):
         }
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew.
+        """Ties everything random to step and batch, so that a resumed run draws what the uninterrupted one drew.
 
         Processes that train together draw the same, each for the whole batch.
         """
-        torch.manual_seed(self.seed + self.global_step + SEEDS_APART)
+        seed_batch(self, self.seed + SEEDS_APART, batch_index)
 
     def on_train_epoch_end(self) -> None:
         """Adds a line to the history.

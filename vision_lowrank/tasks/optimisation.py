@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -12,6 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vision_lowrank.adapters.lora_plus import lora_plus_groups
 from vision_lowrank.errors import ConfigError, TrainingError
+
+# 2^32, of which a seed's remainder is what counts, by the golden ratio: seeds of a thousand accumulated batches and a
+# million steps do not meet
+BATCHES_APART = 2_654_435_769
 
 
 def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
@@ -88,6 +93,20 @@ def adamw(
     on_processor = next(model.parameters()).device.type == "cpu"
     optimizer = AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused and on_processor else None)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def seed_batch(task: L.LightningModule, seed: int, batch_index: int) -> None:
+    """Seeds torch's generator by step and batch alone, so that a resumed run draws what the uninterrupted one drew.
+
+    Batches whose gradients are accumulated to one step draw each its own; the first of them as if it were the only one.
+
+    Args:
+        task: in training.
+        seed: of the task, and of the process where each is to draw its own.
+        batch_index: in the epoch.
+    """
+    within = batch_index % task.trainer.accumulate_grad_batches
+    torch.manual_seed(seed + task.global_step + BATCHES_APART * within)
 
 
 class ClippedFused(L.LightningModule):

@@ -30,7 +30,7 @@ from vision_lowrank.models.encoders import (
     checked_patch_maps,
 )
 from vision_lowrank.models.heads import LinearSegmentationHead, UPerNetHead
-from vision_lowrank.tasks.optimisation import adamw, warmup_cosine
+from vision_lowrank.tasks.optimisation import adamw, seed_batch, warmup_cosine
 from vision_lowrank.tasks.scene_classification import CHOICE
 
 # where a batch has its targets, by the kind of its task
@@ -238,8 +238,8 @@ class RasterTask(L.LightningModule):
         self._started = time.perf_counter()
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Ties turns and dropout to the step, so that a resumed run draws what the uninterrupted one drew."""
-        torch.manual_seed(self.seed + self.global_step)
+        """Ties turns and dropout to step and batch, so that a resumed run draws what the uninterrupted one drew."""
+        seed_batch(self, self.seed, batch_index)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation may have left."""

@@ -22,7 +22,14 @@ from vision_lowrank.processes import (
     share_of,
     total_over_processes,
 )
-from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation, warmup_cosine
+from vision_lowrank.tasks.optimisation import (
+    ClippedFused,
+    adamw,
+    check_loss,
+    check_optimisation,
+    seed_batch,
+    warmup_cosine,
+)
 
 # what the weights that are kept are chosen by, the larger the better
 CHOICE = "val/choice"
@@ -192,11 +199,11 @@ class SceneClassification(ClippedFused):
         return settings
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Moves the strength of the adapters, and ties augmentation and dropout to the step.
+        """Moves the strength of the adapters, and ties augmentation and dropout to step and batch.
 
         So a resumed run draws what the uninterrupted one drew, and each of several processes what one draws.
         """
-        torch.manual_seed(self.seed + self.global_step)
+        seed_batch(self, self.seed, batch_index)
         if self.strength is not None:
             # by steps of the optimiser, of which accumulated batches share one
             self.strength.step_count = self.global_step

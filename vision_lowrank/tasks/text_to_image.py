@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import FusedAttention
-from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation
+from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation, seed_batch
 
 # more than any training has, so that the seeds of two processes never meet
 STEPS = 1_000_000_007
@@ -154,8 +154,8 @@ class TextToImage(ClippedFused):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        """Ties everything random to the step, so that a resumed run draws what the uninterrupted one drew."""
-        torch.manual_seed(self.seed + self.global_step + STEPS * (1 + self.global_rank))
+        """Ties everything random to step and batch, so that a resumed run draws what the uninterrupted one drew."""
+        seed_batch(self, self.seed + STEPS * (1 + self.global_rank), batch_index)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         """Averages the weights."""
