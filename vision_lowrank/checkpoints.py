@@ -70,7 +70,9 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Writes what the last step led to: at its own end some of its hooks would still be to come."""
         due = time.monotonic() - self._saved >= SAVE_EVERY.total_seconds()
-        if batch_idx == 0 or not trainer.strategy.broadcast(due):
+        # between batches that are accumulated to one step, half a gradient would be lost
+        begun = batch_idx % trainer.accumulate_grad_batches
+        if batch_idx == 0 or begun or not trainer.strategy.broadcast(due):
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress
         # nothing of this batch has happened yet, and a file that counts it would let a resumed run go astray

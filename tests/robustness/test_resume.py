@@ -61,18 +61,20 @@ def run(repository, root, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers", "epoch", "batch"),
+    ("kind", "workers", "epoch", "batch", "accumulated"),
     [
         # worker processes are ahead of the training
-        ("scene", 2, 1, 3),
-        ("scene", 2, 2, 0),
-        ("tiles", 2, 1, 2),
+        ("scene", 2, 1, 3, 1),
+        ("scene", 2, 2, 0, 1),
+        ("tiles", 2, 1, 2, 1),
+        # the gradient of batch 2 would be lost
+        ("tiles", 0, 1, 3, 2),
         # the average of the weights is a step's last deed
-        ("sprites", 0, 1, 2),
+        ("sprites", 0, 1, 2, 1),
     ],
 )
 def test_a_cut_within_an_epoch_changes_nothing(
-    repository, uninterrupted, tmp_path, request, kind, workers, epoch, batch
+    repository, uninterrupted, tmp_path, request, kind, workers, epoch, batch, accumulated
 ):
     if kind == "sprites":
         pytest.importorskip("diffusers")
@@ -83,6 +85,8 @@ def test_a_cut_within_an_epoch_changes_nothing(
         overrides = request.getfixturevalue(kind)
         task = {"scene": SceneClassification, "tiles": HyperMAEPretraining}[kind]
     overrides = [*overrides, f"data.num_workers={workers}"]
+    if accumulated > 1:
+        overrides.append(f"+trainer.accumulate_grad_batches={accumulated}")
     expected = uninterrupted(kind, *overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "SAVE_EVERY", timedelta(0))
@@ -91,7 +95,7 @@ def test_a_cut_within_an_epoch_changes_nothing(
             run(repository, tmp_path / "cut", *overrides)
     (path,) = (tmp_path / "cut").glob("*/*/checkpoints/last.ckpt")
     steps = expected["global_step"] // 3
-    assert read_checkpoint(path)["global_step"] == epoch * steps + batch
+    assert read_checkpoint(path)["global_step"] == epoch * steps + batch // accumulated
     found = run(repository, tmp_path / "cut", *overrides, f"ckpt_path={path}")
     assert found["history"] == expected["history"]
     assert found["global_step"] == expected["global_step"]
