@@ -72,6 +72,8 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     data.prepare_data()
     data.setup()
     task: HyperMAEPretraining = instantiate(config.task, model=instantiate(config.model))
+    for name, source in data.sources.items():
+        task.check_channels(name, len(source.bands))
     if config.ckpt_path is None:
         hashes = [pair for source in data.sources.values() for pair in source.hashes().items()]
         folder = start_run(config, precision, dict(hashes))

@@ -67,8 +67,13 @@ def sample_channels(batch: Mapping[str, Tensor], shares: Sequence[float] | None)
     least, largest = shares
     count = batch["image"].shape[1]
     share = least + (largest - least) * float(torch.rand(()))
-    chosen = torch.randperm(count)[: max(2, round(share * count))].sort().values.to(batch["image"].device)
+    chosen = torch.randperm(count)[: sampled_count(count, share)].sort().values.to(batch["image"].device)
     return {**batch, "image": batch["image"][:, chosen], "wavelengths": batch["wavelengths"][:, chosen]}
+
+
+def sampled_count(count: int, share: float) -> int:
+    """Returns how many of `count` channels `sample_channels` keeps of a share."""
+    return min(count, max(2, round(share * count)))
 
 
 def check_shares(shares: Sequence[float] | None) -> None:

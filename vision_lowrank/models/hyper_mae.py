@@ -205,6 +205,10 @@ class HyperMAE(nn.Module):
             hidden_positions,
         )
 
+    def visible_channels(self, count: int) -> int:
+        """Returns how many of `count` channels are not hidden."""
+        return int(count * (1 - self.channel_mask_ratio))
+
     def _keep(self, patches: Patches, seen: Seen, noise: Noise) -> tuple[Tensor, Tensor]:
         """Returns the indices of kept channels (B, kept) and positions (B, kept), in rising order."""
         start, stop = _seen_channels(patches, seen)
@@ -212,7 +216,7 @@ class HyperMAE(nn.Module):
         if (present := patches.coordinates.present) is not None:
             values = values.masked_fill(~present[:, start:stop], torch.inf)
         # radar has so few channels that the authors hide none of them when nothing else is seen
-        kept = stop - start if seen == "radar" else int((stop - start) * (1 - self.channel_mask_ratio))
+        kept = stop - start if seen == "radar" else self.visible_channels(stop - start)
         # those of a sample with padding may not be more than it has
         if present is not None:
             kept = min(kept, int(present[:, start:stop].sum(1).min()))

@@ -15,6 +15,7 @@ from vision_lowrank.data.augmentation import (
     check_shares,
     random_symmetries,
     sample_channels,
+    sampled_count,
 )
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.hyper_mae import HyperMAE, Reconstruction, Seen
@@ -170,6 +171,24 @@ class HyperMAEPretraining(L.LightningModule):
         """Shares out the weights among the processes, with trainer=fsdp."""
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
+
+    def check_channels(self, name: str, count: int) -> None:
+        """Refuses images of which a step could see no channel.
+
+        Args:
+            name: of their source, for errors.
+            count: of their channels.
+
+        Raises:
+            ConfigError: the least share of `channel_sampling` and `channel_mask_ratio` leave none.
+        """
+        least = count if self.channel_sampling is None else sampled_count(count, self.channel_sampling[0])
+        if self.modal_mode != "radar" and self.model.visible_channels(least) < 1:
+            raise ConfigError(
+                f"source {name}: a step may have {least} of {count} channels, of which channel_mask_ratio "
+                f"{self.model.channel_mask_ratio} leaves none visible; lower it, or raise the least share of "
+                "task.channel_sampling"
+            )
 
     def patches(self, batch: Mapping[str, Tensor]) -> tuple[Patches, Tensor]:
         """Cuts up a batch as `data.tile_module` gives it, perhaps with `radar` and `radar_wavelengths`.
