@@ -162,6 +162,11 @@ def test_the_first_convolution_is_that_of_float32_under_autocast():
     assert not torch.equal(stem.convolutions[0].bfloat16()(x[:, None].bfloat16()), exact.bfloat16())
 
 
+def test_what_timm_could_not_read_of_it_is_refused():
+    with pytest.raises(ConfigError, match="lola_specvit_tiny has no features_only; take forward_features"):
+        timm.create_model("lola_specvit_tiny", in_chans=4, num_classes=2, img_size=5, features_only=True)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="10 is no multiple of its 4 heads"):
         WindowAttention(10, 4, 7, 7)
@@ -175,6 +180,7 @@ def test_any_bands_patch_and_classes(size, channels, patch, classes):
     x = torch.randn(2, channels, patch, patch)
     logits = model(x)
     features = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert features.shape == (2, model.head_hidden_size)
     torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
     changed = x.clone()
     changed[:, :, patch // 2, patch // 2] += 1

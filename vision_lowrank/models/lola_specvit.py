@@ -134,7 +134,7 @@ class LolaSpecViT(
             parts += [Block(dim, heads, window_size, size, mlp_ratio, next(rates)) for _ in range(depth)]
             self.stages.append(nn.Sequential(*parts))
         self.norm = nn.LayerNorm(dim)
-        self.num_features = 2 * dim
+        self.num_features = self.head_hidden_size = 2 * dim
         self.drop = nn.Dropout(drop_rate)
         self.head: nn.Module
         self.reset_classifier(num_classes)
@@ -204,6 +204,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> LolaSpecViT:
+    if given.get("features_only"):
+        raise ConfigError(f"{name} has no features_only; take forward_features, the map before the head")
     model: LolaSpecViT = build_model_with_cfg(LolaSpecViT, name, pretrained, **(sizes | given))
     return model
 
