@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.tasks.text_to_image import TextToImage, rise_hold_fall
+from vision_lowrank.tasks.text_to_image import STEPS, TextToImage, rise_hold_fall
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -52,6 +52,20 @@ def test_loss_is_that_of_the_velocity_under_limited_weights(pipeline, image):
     assert weights[1] > 0.5
     assert weights[2] == 1
     assert float(loss) == pytest.approx(float((weights * errors).mean()), rel=1e-5)
+
+
+def test_accumulated_batches_draw_each_its_own(pipeline):
+    torch.manual_seed(11)
+    task = TextToImage(pipeline, **OPTIONS)
+    task.trainer = L.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False)
+    seeds = []
+    for index in range(4):
+        task.on_train_batch_start(None, index)
+        seeds.append(torch.initial_seed())
+    assert seeds[0] == 11 + STEPS
+    assert seeds[1] != seeds[0]
+    # no step of the optimiser was made
+    assert seeds[2:] == seeds[:2]
 
 
 def test_average_forgets_sooner_at_first(pipeline):
