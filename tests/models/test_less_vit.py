@@ -136,6 +136,7 @@ def test_radar_has_an_embedding_of_its_own_and_may_come_alone():
     both = model.forward_features(x, WAVELENGTHS, 10.0, radar, codes)
     assert both.shape == (2, 8, 5, 48)
     alone = model.forward_features(None, None, 10.0, radar, codes)
+    assert torch.equal(model.forward_features(x[:, :0], [], 10.0, radar, codes), alone)
     as_optical = model.forward_features(radar, codes, 10.0)
     assert (alone - as_optical).abs().max() > 1e-2
     assert (model(x, WAVELENGTHS, 10.0, radar, codes) - model(x, WAVELENGTHS, 10.0)).abs().max() > 1e-4
@@ -330,8 +331,8 @@ def test_wrong_wavelengths_and_pixel_sizes(arguments, message):
         ((2, 5, 0, 16), {}, r"channels of the batch are \(2, 5, 0, 16\)"),
         ((2, 5, 16, 16), {"present": torch.ones(2, 5)}, r"present is torch\.float32; give bool"),
         ((2, 5, 16, 16), {"present": torch.tensor([[True] * 5, [False] * 5])}, r"present leaves images \[1\]"),
-        ((2, 5, 16, 24), {"radar": (1, 2, 16, 24)}, r"radar is \(1, 2, 16, 24\) beside an image of \(2, 5, 16, 24\)"),
-        ((2, 5, 16, 24), {"radar": (2, 2, 8, 24)}, r"radar is \(2, 2, 8, 24\) beside an image"),
+        ((2, 5, 16, 24), {"radar": (1, 2, 16, 24)}, r"image \(2, 5, 16, 24\), radar \(1, 2, 16, 24\): give both"),
+        ((2, 5, 16, 24), {"radar": (2, 2, 8, 24)}, r"radar \(2, 2, 8, 24\): give both"),
         ((2, 5, 16, 24), {"radar": (2, 2, 16, 16)}, "give both of one batch, height and width"),
     ],
 )

@@ -253,11 +253,10 @@ class LessViT(
         ]
         if not parts:
             raise ConfigError("neither image nor radar is given; give one of them")
-        if image is not None and radar is not None and image[:, 0].shape != radar[:, 0].shape:
-            raise DataError(
-                f"radar is {tuple(radar.shape)} beside an image of {tuple(image.shape)}; give both of one batch, "
-                "height and width"
-            )
+        first, last = parts[0][1].shape, parts[-1][1].shape
+        if (first[0], first[2:]) != (last[0], last[2:]):
+            shapes = ", ".join(f"{name} {tuple(part.shape)}" for name, part, _ in parts)
+            raise DataError(f"{shapes}: give both of one batch, height and width")
         pixels = torch.cat([part.to(self.cls_token.dtype) for _, part, _ in parts], dim=1)
         nanometres = torch.cat([values for *_, values in parts], dim=1)
         if present is not None and present.shape != nanometres.shape:
