@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.tasks.text_to_image import STEPS, TextToImage, rise_hold_fall
+from vision_lowrank.processes import SEEDS_APART
+from vision_lowrank.tasks.text_to_image import TextToImage, rise_hold_fall
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -62,20 +63,24 @@ def test_accumulated_batches_draw_each_its_own(pipeline):
     for index in range(4):
         task.on_train_batch_start(None, index)
         seeds.append(torch.initial_seed())
-    assert seeds[0] == 11 + STEPS
+    assert seeds[0] == 11 + SEEDS_APART
     assert seeds[1] != seeds[0]
     # no step of the optimiser was made
     assert seeds[2:] == seeds[:2]
 
 
-def test_average_forgets_sooner_at_first(pipeline):
+def test_average_forgets_sooner_at_first(pipeline, monkeypatch):
     task = TextToImage(pipeline, **OPTIONS, average=0.3)
     weight = pipeline.unet.conv_in.bias.detach()
     values = [float(weight[0])]
     expected = values[0]
     for step in range(4):
+        # of two batches that are accumulated to a step the second one makes it
+        monkeypatch.setattr(TextToImage, "global_step", step)
+        task.on_train_batch_end(None, None, 2 * step)
         weight[0] += 1.0 + step
-        task.on_train_batch_end(None, None, step)
+        monkeypatch.setattr(TextToImage, "global_step", step + 1)
+        task.on_train_batch_end(None, None, 2 * step + 1)
         values.append(float(weight[0]))
         # the first call copies
         decay = 0.0 if step == 0 else min(0.3, (1 + step) / (10 + step))

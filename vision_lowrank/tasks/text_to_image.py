@@ -14,10 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.fused_attention import FusedAttention
+from vision_lowrank.processes import SEEDS_APART
 from vision_lowrank.tasks.optimisation import ClippedFused, adamw, check_loss, check_optimisation, seed_batch
-
-# more than any training has, so that the seeds of two processes never meet
-STEPS = 1_000_000_007
 
 
 def rise_hold_fall(total_steps: int, warmup: float, cooldown: float) -> Callable[[int], float]:
@@ -155,11 +153,11 @@ class TextToImage(ClippedFused):
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Ties everything random to step and batch, so that a resumed run draws what the uninterrupted one drew."""
-        seed_batch(self, self.seed + STEPS * (1 + self.global_rank), batch_index)
+        seed_batch(self, self.seed + SEEDS_APART * (1 + self.global_rank), batch_index)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Averages the weights."""
-        if self.averaged is not None:
+        """Averages the weights after each step, which several batches may have been accumulated to."""
+        if self.averaged is not None and self.averaged.n_averaged < self.global_step:
             self.averaged.update_parameters(self.networks)
 
     def on_train_epoch_end(self) -> None:
