@@ -184,7 +184,7 @@ def test_numbers_of_concepts_without_scenes_are_left_out(configure):
     section |= {"scenes": {2: 14, 3: 10, 4: 0}, "sizes": {2: [28, 36], 3: [26, 30]}}
     assert make_record(Options, section, "benchmark", ConfigError).scenes == {2: 14, 3: 10}
     for scenes in ({}, {2: 0, 3: 0}, {2: 5, 3: -1}):
-        with pytest.raises(ConfigError, match=re.escape(f"benchmark.scenes is {scenes}; give numbers of scenes by")):
+        with pytest.raises(ConfigError, match=re.escape(f"benchmark.scenes is {scenes}; give a number of scenes by")):
             make_record(Options, section | {"scenes": scenes}, "benchmark", ConfigError)
 
 

@@ -95,7 +95,7 @@ class Options:
     def __post_init__(self) -> None:
         if min(self.scenes.values(), default=0) < 0 or not any(self.scenes.values()):
             raise ConfigError(
-                f"benchmark.scenes is {self.scenes}; give numbers of scenes by number of concepts, one of them above 0"
+                f"benchmark.scenes is {self.scenes}; give a number of scenes by number of concepts, one of them above 0"
             )
         object.__setattr__(self, "scenes", {count: scenes for count, scenes in self.scenes.items() if scenes})
         if unsized := [count for count in self.scenes if len(self.sizes.get(count, ())) != 2]:
