@@ -56,6 +56,14 @@ def test_svm_takes_the_settings_that_validate_best(data):
     assert set(np.unique(found)) == {0, 1}
 
 
+def test_majority_knows_the_shares_of_classes_alone(data):
+    probabilities, facts = fit_baseline(OmegaConf.create({"_target_": "vision_lowrank.baselines.Majority"}), data)
+    counts = np.bincount(data.scene.labels.flat[data.split.train], minlength=data.num_classes)
+    assert probabilities.shape == (data.scene.labels.size, data.num_classes)
+    np.testing.assert_allclose(probabilities, np.tile(counts / counts.sum(), (data.scene.labels.size, 1)), rtol=1e-6)
+    assert facts == {"chosen": {}}
+
+
 def test_what_is_a_baseline():
     assert is_baseline(FOREST)
     assert not is_baseline(OmegaConf.create({"_target_": "vision_lowrank.models.lola_specvit_tiny"}))

@@ -1,5 +1,6 @@
 """Exported graphs against the model that was saved, applied to values that numpy scaled."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -188,6 +189,10 @@ def test_nodata_of_the_card_is_no_value(repository, tmp_path, patches):
 
 
 def test_what_a_user_has_to_know_is_told(patches, windows):
+    run = load_run(patches[0])
+    for nodata, expected in ((None, None), (np.nan, None), (-1, -1)):
+        card = dataclasses.replace(run.card, nodata=nodata)
+        assert command.describe(dataclasses.replace(run, card=card), SIDE)["nodata"] == expected
     told = command.describe(load_run(patches[0]), SIDE)
     assert told["input"] == {"name": "image", "dtype": "float32", "shape": ["batch", BANDS, SIDE, SIDE]}
     assert told["output"] == {"name": "logits", "shape": ["batch", CLASSES]}

@@ -151,6 +151,11 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
     (tmp_path / "run" / "provenance.json").write_text("{}")
     free = {"data": {"root": "elsewhere", "num_workers": 2}, "trainer": {"epochs": 5}}
     assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
+    OmegaConf.save(configuration(base="old/model"), tmp_path / "run" / "config.yaml")
+    assert runs.resumed_run(configuration(base="moved/model")) == tmp_path / "run"
+    with pytest.raises(ConfigError, match="that run differs in base; give"):
+        runs.resumed_run(configuration())
+    OmegaConf.save(configuration(), tmp_path / "run" / "config.yaml")
     with pytest.raises(
         ConfigError, match=r"that run differs in base, data\.card, data\.whiten, seed, task\.rate; give"
     ):
@@ -175,11 +180,22 @@ def test_options_that_a_command_cannot_work_with(options, message):
         runs.check_command(OmegaConf.create(options), weights=str, maps=str | None)
 
 
-@pytest.mark.parametrize("options", [{"devices": 2}, {"trainer": {"devices": "auto"}}, {"trainer": {"num_nodes": 2}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"devices": 2},
+        {"trainer": {"devices": "auto"}},
+        {"trainer": {"devices": "0,1"}},
+        {"trainer": {"devices": [0, 3]}},
+        {"trainer": {"num_nodes": 2}},
+    ],
+)
 def test_sweeps_go_with_one_device(monkeypatch, options):
+    monkeypatch.setattr(runs.torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(runs.HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.MULTIRUN}))
-    runs.check_command(OmegaConf.create({"devices": 1, "trainer": {"devices": 1, "num_nodes": 1}}))
+    for one in (1, [3], "3,", "1"):
+        runs.check_command(OmegaConf.create({"devices": 1, "trainer": {"devices": one, "num_nodes": 1}}))
     with pytest.raises(ConfigError, match=r"^-m, several runs in one command, goes with one device; run them one by"):
         runs.check_command(OmegaConf.create(options))
     monkeypatch.setattr(runs.HydraConfig, "get", lambda: OmegaConf.create({"mode": runs.RunMode.RUN}))

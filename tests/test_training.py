@@ -311,7 +311,7 @@ def test_an_encoder_alone_is_a_base_if_its_settings_match(configure_windows, tmp
     (result,) = train(config)
     assert result.facts["transductive"]
 
-    with pytest.raises(ConfigError, match=r"rank is 1, model\.encoder has 2"):
+    with pytest.raises(ConfigError, match=r"rank is 1, model\.encoder has 2; add \+\+model\.encoder\.rank=1$"):
         train(configure_windows(f"base={tmp_path / 'run' / 'encoder'}", "model.encoder.rank=2"))
 
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from omegaconf import DictConfig
 from rich.progress import track
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.pipeline import make_pipeline
@@ -122,4 +123,28 @@ class PatchForest:
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Returns the share of trees that vote for each class."""
+        return np.asarray(self.classifier.predict_proba(features), dtype=np.float32)
+
+
+class Majority:
+    """No classifier: the shares of the classes among the training pixels, everywhere the same.
+
+    By itself it calls all pixels the largest class. Spread by a random walk it is what the walk does alone, with which
+    other methods that are spread so have to be compared.
+    """
+
+    def __init__(self) -> None:
+        self.classifier = DummyClassifier(strategy="prior")
+        self.chosen: dict[str, Any] = {}
+
+    def features(self, data: SceneDataModule, pixels: np.ndarray) -> np.ndarray:
+        """Returns nothing of each pixel, (pixels, 0)."""
+        return np.empty((len(pixels), 0), np.float32)
+
+    def fit(self, train: np.ndarray, labels: np.ndarray, validation: np.ndarray, held: np.ndarray) -> None:
+        """Counts the training pixels; there is nothing to choose."""
+        self.classifier.fit(train, labels)
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """Returns the share of each class."""
         return np.asarray(self.classifier.predict_proba(features), dtype=np.float32)

@@ -8,6 +8,7 @@ wavelengths and pixel size of the run are part of the graph, adapters are merged
 
 import importlib.util
 import logging
+import math
 from pathlib import Path
 
 import hydra
@@ -207,7 +208,8 @@ def describe(run: TrainedRun, side: int) -> dict[str, object]:
         "wavelengths": run.bands.wavelengths.tolist(),
         "channels_of_files": run.kept.tolist(),
         "gsd": run.card.gsd,
-        "nodata": run.card.nodata,
+        # what is not finite is no value anyway
+        "nodata": None if run.card.nodata is None or not math.isfinite(run.card.nodata) else run.card.nodata,
         "weights": run.digest,
     }
 

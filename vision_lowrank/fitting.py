@@ -348,12 +348,12 @@ def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
         raise CheckpointError(f"base {folder}: cannot be loaded as {type(model).__name__} ({error})") from error
     if isinstance(model, LessSegmentation):
         encoder = base.encoder if isinstance(base, LessSegmentation) else base
-        for setting, needed in model.encoder.settings.items():
-            if encoder.settings[setting] != needed:
-                raise ConfigError(
-                    f"base {folder}: {setting} is {encoder.settings[setting]}, model.encoder has {needed}; set "
-                    f"model.encoder.{setting} to match"
-                )
+        found = encoder.settings
+        others = {name: need for name, need in model.encoder.settings.items() if found[name] != need}
+        if others:
+            told = ", ".join(f"{name} is {found[name]}, model.encoder has {need}" for name, need in others.items())
+            remedy = " ".join(f"++model.encoder.{name}={json.dumps(found[name])}" for name in others)
+            raise ConfigError(f"base {folder}: {told}; add {remedy}")
         if base is not encoder:
             return base
         model.encoder = encoder

@@ -39,7 +39,7 @@ RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
 _LEFTOVER = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.part(?P<suffix>\.\w+)?")
 # sections that make a run what it is, but for where things lie and who reads them
-_OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "base", "seed"}
+_OF_A_RUN = {"data", "model", "task", "adapter", "pretraining", "regime", "seed"}
 _PLACES = {"data.root", "data.num_workers"}
 # what a resumed run may have another of
 _MAY_CHANGE = {"resume", "device", "devices", "runs_root"}
@@ -265,7 +265,16 @@ def check_command(config: DictConfig, **own: Any) -> None:
 
 def _several_processes(config: DictConfig) -> bool:
     keys = ("devices", "trainer.devices", "trainer.num_nodes")
-    return any(OmegaConf.select(config, key, default=1) != 1 for key in keys)
+    return any(_count_devices(OmegaConf.select(config, key, default=1)) > 1 for key in keys)
+
+
+def _count_devices(devices: Any) -> int:
+    """Returns how many devices Lightning takes this to mean: a number, their numbers, or all."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list | ListConfig):
+        return len(devices)
+    return torch.accelerator.device_count() if str(devices) in ("auto", "-1") else int(devices)
 
 
 def open_run(config: DictConfig, precision: str) -> Path:
@@ -303,7 +312,11 @@ def resumed_run(config: DictConfig) -> Path:
             raise ConfigError(f"ckpt_path={config.ckpt_path}: no {name} in {folder}; give a checkpoint inside its run")
     before, now = _flat(_settings_of(folder / "config.yaml")), _flat(_settings(config))
     keys = {key for key in before.keys() | now.keys() if key.partition(".")[0] in _OF_A_RUN} - _PLACES
-    if changed := sorted(key for key in keys if before.get(key) != now.get(key)):
+    changed = sorted(key for key in keys if before.get(key) != now.get(key))
+    # it may lie elsewhere by now, but what it saw counts
+    if (before.get("base") is None) != (now.get("base") is None):
+        changed.insert(0, "base")
+    if changed:
         raise ConfigError(
             f"ckpt_path={config.ckpt_path}: that run differs in {', '.join(changed)}; give the same options"
         )

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import threading
 
 import lightning
 import peft
@@ -476,3 +477,11 @@ def test_lightning_checkpoint(toy, tmp_path):
     toy.eval()
     assert torch.equal(plain.eval()(VOLUME), toy(VOLUME))
     assert plain.stem.adapters["default"].strength.item() == pytest.approx(0.4)
+
+
+def test_layers_that_cannot_be_copied_are_loaded(saved, toy):
+    folder, plain = saved
+    for layer in plain.modules():
+        layer.lock = threading.Lock()
+    load_adapter(plain, folder)
+    assert torch.equal(plain(VOLUME), toy(VOLUME))

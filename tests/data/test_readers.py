@@ -52,13 +52,17 @@ def write_mat73(path):
         file.write(b"MATLAB 7.3 MAT-file")
 
 
-def write_tif(path, rows=slice(None), columns=slice(None), values=CUBE, **options):
+def write_tif(
+    path, rows=slice(None), columns=slice(None), values=CUBE, wavelengths=WAVELENGTHS, offsets=None, **options
+):
     piece = values[rows, columns]
     transform = from_origin(366000 + 30 * (columns.start or 0), 5810000 - 30 * (rows.start or 0), 30, 30)
     profile = {"driver": "GTiff", "crs": "EPSG:32633", "transform": transform, "dtype": piece.dtype, **options}
     with rasterio.open(path, "w", height=piece.shape[0], width=piece.shape[1], count=CHANNELS, **profile) as file:
         file.write(np.moveaxis(piece, -1, 0))
-        file.descriptions = tuple(f"band {i + 1} ({value} Nanometers)" for i, value in enumerate(WAVELENGTHS))
+        file.descriptions = tuple(f"band {i + 1} ({value} Nanometers)" for i, value in enumerate(wavelengths))
+        if offsets is not None:
+            file.offsets = offsets
 
 
 def write_envi(path, interleave="bsq", order="<", offset=0, units="Nanometers", scale=1.0):
@@ -117,6 +121,15 @@ def test_bands_that_an_envi_header_calls_bad(tmp_path):
     with (tmp_path / "a.hdr").open("a") as file:
         file.write(f"bbl = {{\n {', '.join(map(str, marks))}}}\n")
     assert read(tmp_path / "a.hdr").bad_bands == (0, 3)
+    write_tif(tmp_path / "b.tif")
+    with rasterio.open(tmp_path / "b.tif", "r+") as file:
+        for band, mark in enumerate(marks, 1):
+            file.update_tags(band, bbl=str(mark))
+    assert read(tmp_path / "b.tif").bad_bands == (0, 3)
+    # not one good band tells nothing
+    with (tmp_path / "a.hdr").open("a") as file:
+        file.write(f"bbl = {{{', '.join('0' * CHANNELS)}}}\n")
+    assert read(tmp_path / "a.hdr").bad_bands == ()
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex_int16"])
@@ -224,6 +237,16 @@ def test_more_tiles_than_the_system_opens_at_once(tmp_path):
     assert np.array_equal(values, np.moveaxis(CUBE, -1, 0))
 
 
+def test_a_fourth_band_of_tiles_is_no_mask(tmp_path):
+    values = (CUBE % 3).astype(np.uint8)
+    for name, rows in (("a.tif", slice(0, 4)), ("b.tif", slice(4, HEIGHT))):
+        write_tif(tmp_path / name, rows, values=values)
+        with rasterio.open(tmp_path / name, "r+") as file:
+            file.colorinterp = (*file.colorinterp[:3], ColorInterp.alpha)
+    raster = read_raster([tmp_path / "a.tif", tmp_path / "b.tif"], None, None, HEIGHT, WIDTH, CHANNELS)
+    assert np.array_equal(raster.values, np.moveaxis(values, -1, 0))
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_masked_pixels_of_a_file_lack_values(tmp_path, inside):
     write_tif(tmp_path / "a.tif")
@@ -255,6 +278,8 @@ def test_a_fourth_band_is_no_mask(tmp_path):
         ({"transform": from_origin(366000, 5809880, 10, 10)}, "pixel size"),
         ({"transform": from_origin(366011, 5809880, 30, 30)}, "not on its pixel grid"),
         ({"crs": None, "transform": None}, "without georeference"),
+        ({"wavelengths": [450.0, 552.0, 650.25, 640.0]}, "wavelengths differ from those of"),
+        ({"offsets": (0, 0, 0, -0.1)}, "offset .* differs from"),
         ({"transform": from_origin(366000, 5809880, 30, 30) @ Affine.rotation(20)}, "a turned or mirrored grid"),
         ({"transform": from_origin(366000, 5809880, 30, 30) @ Affine.scale(1, -1)}, "a turned or mirrored grid"),
     ],
@@ -468,6 +493,7 @@ def test_units_of_wavelengths(tmp_path, caplog, unit, values, expected):
         (("band 1 (0.45 to 0.51 Micrometers)", "b2 .53-.59µm"), [480, 560]),
         # numbers of bands are no ends of them
         (("B2-490 nm", "Band 8 - 842 nm"), [490, 842]),
+        (("Band 1 - 1.5 µm", "Band 2 - 2.2 µm"), [1500, 2200]),
         (("Rrs_443nm", "4.9e+02 nm"), [443, 490]),
         (("B1 445,120 nm", "B2 490,230 nm"), None),
         (("blue", "490 nm"), None),

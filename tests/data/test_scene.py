@@ -230,6 +230,13 @@ def test_a_class_that_is_nodata_in_the_file_is_told(tiny):
         if nodata:
             assert (open_scene(tiny.write(), tiny.folder).labels == np.minimum(tiny.labels, 2)).all()
             continue
+        # as tiles, too
+        with rasterio.open(tiny.folder / "rest.tif", "w", **profile | {"height": 1}, nodata=nodata) as file:
+            file.write(np.minimum(tiny.labels[:1], 2), 1)
+        tiny.card["files"]["labels"] = ["labels.tif", "rest.tif"]
+        with pytest.raises(DataError, match=r"labels\.tif: 0 is its nodata and a class of the card"):
+            open_scene(tiny.write(), tiny.folder)
+        tiny.card["files"]["labels"] = ["labels.tif"]
         with pytest.raises(DataError, match=r"labels\.tif: 0 is its nodata and a class of the card; take it off"):
             open_scene(tiny.write(), tiny.folder)
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import rasterio
+import torch
 from rasterio.transform import from_origin
 
 from vision_lowrank.data import tiles as module
@@ -321,8 +322,11 @@ def test_damaged_files_are_skipped_counted_and_named(folder, open_folder, tmp_pa
     names = ["3.tif", "5.tif"]
     damage(tmp_path / "scenes" / names[0])
     (tmp_path / "scenes" / names[1]).write_text("no raster")
+    state = torch.get_rng_state()
     with caplog.at_level(logging.WARNING):
         source = open_folder(max_bad=0.2)
+    # weights that are drawn afterwards stay the same
+    assert torch.equal(torch.get_rng_state(), state)
     assert [path.name for path in source.damaged] == names
     for name in names:
         assert len(re.findall(rf"{name}: damaged", caplog.text)) == 1

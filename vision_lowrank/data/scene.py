@@ -166,7 +166,8 @@ def read_labels(
     empty = np.isnan(values)
     if raster.nodata is not None:
         empty |= values == raster.nodata
-        if raster.nodata in card.class_values() and (values == raster.nodata).any():
+        # tiles have it as NaN already
+        if raster.nodata in card.class_values() and empty.any():
             raise DataError(
                 f"{where}: {raster.nodata:g} is its nodata and a class of the card; take it off the file (gdal_edit.py "
                 "-unsetnodata), or give the class another value"
@@ -248,22 +249,23 @@ def _mask(image: np.ndarray, nodata: float | None, bad: tuple[int, ...], name: s
         Indices of the useful bands, and the valid pixels, bool (height, width).
     """
     some, valid = [], np.ones(image.shape[1:], dtype=bool)
-    if bad:
-        logger.warning("%s: %d bands that the file calls bad dropped, indices %s", name, len(bad), list(bad))
+    given_up = []
     for index, band in enumerate(image):
-        if index in bad:
-            continue
         present = _present(band, nodata)
-        if present.any():
+        if present.any() and index in bad:
+            given_up.append(index)
+        elif present.any():
             some.append(index)
             valid &= present
     if not some or not valid.any():
         raise DataError(f"scene {name}: no pixel has a value in every band; check `nodata` ({nodata}) and the image")
     everywhere = bool(valid.all())
     kept = [index for index in some if np.ptp(image[index] if everywhere else image[index][valid]) > 0]
-    dropped = sorted(set(range(len(image))) - set(kept) - set(bad))
+    dropped = sorted(set(range(len(image))) - set(kept) - set(given_up))
     if not kept:
         raise DataError(f"scene {name}: every band is constant; check the image")
+    if given_up:
+        logger.warning("%s: %d bands that the file calls bad dropped, indices %s", name, len(given_up), given_up)
     if dropped:
         logger.warning("%s: %d bands without values or variation dropped, indices %s", name, len(dropped), dropped)
     for target, origin in enumerate(kept):

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import multiprocessing
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -383,8 +385,16 @@ class GeoTiffFolder(TileSource):
 
     def _examine_all(self, paths: Sequence[Path]) -> dict[Path, _Header]:
         """Returns what the files tell, read by several processes where they are many; damage is told in the log."""
-        workers = min(os.cpu_count() or 1, MOST_WORKERS, len(paths) // FILES_EACH)
-        loader = DataLoader(_Examination(self, paths), EXAMINED_AT_ONCE, num_workers=workers, collate_fn=list)
+        # a worker may have none of its own
+        most = 0 if multiprocessing.current_process().daemon else min(os.cpu_count() or 1, MOST_WORKERS)
+        loader = DataLoader(
+            _Examination(self, paths),
+            EXAMINED_AT_ONCE,
+            num_workers=min(most, len(paths) // FILES_EACH),
+            collate_fn=list,
+            # what follows must not draw other numbers
+            generator=torch.Generator(),
+        )
         silent = process_rank() > 0
         told = itertools.chain.from_iterable(
             track(loader, f"{self.root}: trying every file", transient=True, disable=silent)

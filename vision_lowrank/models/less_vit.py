@@ -586,6 +586,8 @@ def turned_widths(
     """
     if kind == "full" and dim % num_heads:
         raise ConfigError(f"{names[0]} is {dim}; give a multiple of {names[1]}, {num_heads}")
+    if kind != "full" and dim // num_heads < channel_dim_per_head:
+        raise ConfigError(f"{names[2]} is {channel_dim_per_head}; a head has {dim // num_heads}: give that at most")
     if embedding == "sincos" and dim % 4:
         raise ConfigError(f"{names[0]} is {dim}; embedding=sincos needs a multiple of 4")
     width = dim // num_heads

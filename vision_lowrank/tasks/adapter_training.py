@@ -173,12 +173,12 @@ def put_adapters(
     return model
 
 
-def first_batches(loader: DataLoader[Any], inputs: Sequence[str], samples: int) -> Batches:
+def first_batches(loader: Any, inputs: Sequence[str], samples: int) -> Batches:
     """Returns the first batches of a loader of {"image": ..., "label": ...}, of as many samples together at least.
 
     Of `SharedBatches` these are the whole batches: every process returns what one alone would, so that all start alike.
     """
-    batches = loader.batch_sampler
+    batches = getattr(loader, "batch_sampler", None)
     if isinstance(batches, SharedBatches):
         loader = DataLoader(
             loader.dataset,

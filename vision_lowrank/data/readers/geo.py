@@ -32,6 +32,8 @@ _DESCRIBED = re.compile(
     r"(?P<unit>nanomet|nm\b|micromet|µm|um\b)",
     flags=re.IGNORECASE,
 )
+# what tiles may differ by in the wavelength of a band, in nanometres
+SAME_BAND = 1.0
 # a tile may lie off the common pixel grid by this share of a pixel, which covers rounding in stored coordinates
 GRID_TOLERANCE = 0.01
 
@@ -89,8 +91,8 @@ def read_geotiff(paths: list[Path], expected: CardShape) -> Raster:
                 check_size((*first.shape, first.count), expected, str(paths[0]))
                 values = first.read(out_dtype="float32")
                 return Raster(blank_masked(first, values), bands, georeference(first, paths[0]), first.nodata, bad)
-            values, place = _put_together(paths, first, expected)
-            return Raster(values, bands, place, bad_bands=bad)
+            values, place, nodata = _put_together(paths, first, expected)
+            return Raster(values, bands, place, nodata, bad)
     except (RasterioError, ValueError) as error:
         # a file's own error carries its name already in most cases, but not in all
         names = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} tiles)"
@@ -180,8 +182,9 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
             centre, unit = tags["wavelength"], tags.get("wavelength_units", "")
         elif match:
             centre, unit = match["centre"], match["unit"]
-            # a band has its ends within an octave, which tells 450-510 nm from the eighth band, 8 - 842 nm
-            if match["start"] and float(centre) / 2 <= float(match["start"]) < float(centre):
+            # a band has its ends within an octave; what counts the bands, from 0 or 1, is no end of one
+            start = float(match["start"] or 0)
+            if float(centre) / 2 <= start < float(centre) and start not in (index - 1, index):
                 centre = str((float(match["start"]) + float(centre)) / 2)
         else:
             return None
@@ -202,9 +205,12 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
 
 
 def bad_bands(file: DatasetReader) -> tuple[int, ...]:
-    """Returns the indices of the bands that the `bbl` of an ENVI header, a 1 or 0 for each band, gives up."""
+    """Returns the indices of the bands that `bbl` gives up, a list of 1 and 0 in an ENVI header, or each band's tag."""
     marks = re.findall(r"[\d.]+", file.tags(ns="ENVI").get("bbl", ""))
-    return tuple(index for index, mark in enumerate(marks) if float(mark) == 0) if len(marks) == file.count else ()
+    marks = marks or [file.tags(index).get("bbl", "1") for index in file.indexes]
+    bad = tuple(index for index, mark in enumerate(marks) if mark.strip("0.") == "")
+    # a list of another length, or without any good band, tells nothing
+    return bad if len(bad) < len(marks) == file.count else ()
 
 
 def georeference(file: DatasetReader, path: Path) -> Georeference | None:
@@ -234,26 +240,36 @@ def _crs_text(file: DatasetReader) -> str:
     return str(file.crs.to_wkt())
 
 
-def _put_together(paths: list[Path], first: DatasetReader, expected: CardShape) -> tuple[np.ndarray, Georeference]:
-    """Returns the values, NaN where no tile has one, and the place of the tiles of one scene."""
-    corners = []
+def _put_together(
+    paths: list[Path], first: DatasetReader, expected: CardShape
+) -> tuple[np.ndarray, Georeference, float | None]:
+    """Returns the values of the tiles of one scene, NaN where none has one, their place, and the nodata of them all."""
+    corners: list[tuple[int, int, int, int]] = []
+    nodata = {first.nodata}
+    bands = read_bands(first, paths[0])
     # one after the other: a system opens only so many files at once
     for path in paths:
         with open_raster(path) as tile:
             corners.append(_check_tile(first, tile, path))
+            nodata.add(tile.nodata)
+            found = read_bands(tile, path)
+            if bands and found and np.abs(found.wavelengths - bands.wavelengths).max() > SAME_BAND:
+                raise DataError(f"{path}: wavelengths differ from those of {first.name}; tiles must agree")
     ends = np.array(corners)
     top, left = ends[:, :2].min(axis=0).tolist()
     height, width = (ends[:, 2:].max(axis=0) - (top, left)).tolist()
     check_size((height, width, first.count), expected, f"tiles in {paths[0].parent}")
     values = np.full((first.count, height, width), np.nan, np.float32)
     for path, (start, column, stop, end) in zip(paths, corners, strict=True):
-        place = values[:, start - top : stop - top, column - left : end - left]
+        target = values[:, start - top : stop - top, column - left : end - left]
         with open_raster(path) as tile:
-            np.copyto(place, tile.read(masked=True, out_dtype="float32").filled(np.nan), where=np.isnan(place))
+            part = blank_masked(tile, tile.read(out_dtype="float32"))
+            if tile.nodata is not None:
+                part[part == np.float32(tile.nodata)] = np.nan
+            np.copyto(target, part, where=np.isnan(target))
     corner = first.transform @ (left, top)
-    return values, Georeference(
-        _crs_text(first), (first.transform.a, 0.0, corner[0], 0.0, first.transform.e, corner[1])
-    )
+    transform = (first.transform.a, 0.0, corner[0], 0.0, first.transform.e, corner[1])
+    return values, Georeference(_crs_text(first), transform), first.nodata if len(nodata) == 1 else None
 
 
 def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> tuple[int, int, int, int]:
@@ -264,6 +280,8 @@ def _check_tile(first: DatasetReader, tile: DatasetReader, path: Path) -> tuple[
         ("crs", tile.crs, first.crs),
         ("band count", tile.count, first.count),
         ("pixel size", tile.res, first.res),
+        ("scale", tile.scales, first.scales),
+        ("offset", tile.offsets, first.offsets),
     ):
         if found != wanted:
             raise DataError(f"{path}: {what} {found} differs from {wanted} of {first.name}; tiles must agree")
