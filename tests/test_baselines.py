@@ -56,11 +56,17 @@ def test_svm_takes_the_settings_that_validate_best(data):
     assert set(np.unique(found)) == {0, 1}
 
 
-def test_majority_knows_the_shares_of_classes_alone(data):
-    probabilities, facts = fit_baseline(OmegaConf.create({"_target_": "vision_lowrank.baselines.Majority"}), data)
-    counts = np.bincount(data.scene.labels.flat[data.split.train], minlength=data.num_classes)
-    assert probabilities.shape == (data.scene.labels.size, data.num_classes)
-    np.testing.assert_allclose(probabilities, np.tile(counts / counts.sum(), (data.scene.labels.size, 1)), rtol=1e-6)
+def test_chance_decides_between_the_classes_of_training_alone(data):
+    config = OmegaConf.create({"_target_": "vision_lowrank.baselines.Chance", "seed": 2})
+    probabilities, facts = fit_baseline(config, data)
+    known = np.unique(data.scene.labels.flat[data.split.train])
+    assert len(known) > 1
+    np.testing.assert_allclose(probabilities[:, known], 1 / len(known), rtol=1.1e-3)
+    assert probabilities.sum(1) == pytest.approx(1, rel=1.1e-3)
+    counts = np.bincount(probabilities.argmax(1), minlength=data.num_classes)
+    # each as often as the others, by five deviations
+    expected = 145 * 145 / len(known)
+    assert np.abs(counts[known] - expected).max() < 5 * np.sqrt(expected)
     assert facts == {"chosen": {}}
 
 
