@@ -23,6 +23,7 @@ from einops import rearrange
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
+from vision_lowrank.models.layers.grid_block import Block, initialise, make_attention
 from vision_lowrank.models.layers.kronecker_attention import (
     Branch,
     Context,
@@ -30,7 +31,6 @@ from vision_lowrank.models.layers.kronecker_attention import (
     LowRankAttention,
     SingleQueryPool,
 )
-from vision_lowrank.models.less_vit import Block, initialise, make_attention
 from vision_lowrank.precision import processor_has_bf16
 from vision_lowrank.runs import atomic_path
 

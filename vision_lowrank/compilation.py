@@ -6,11 +6,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.models import less_vit, lola_specvit
+from vision_lowrank.models import lola_specvit
+from vision_lowrank.models.layers import grid_block
 from vision_lowrank.models.layers.spectral_stem import SpectralStem
 
 # most of the time goes into these, and what lies between them looks at values, which a graph cannot
-COMPILED = (SpectralStem, lola_specvit.Block, less_vit.Block)
+COMPILED = (SpectralStem, lola_specvit.Block, grid_block.Block)
 # widths, batch sizes, training and evaluation make a graph each; beyond the limit PyTorch falls back to eager
 GRAPHS = 64
 

@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from vision_lowrank.models.hyper_mae import HyperMAE
-from vision_lowrank.models.less_vit import Block
+from vision_lowrank.models.layers.grid_block import Block
 
 
 def shard(model: HyperMAE, mesh: DeviceMesh) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.encoders import pad_to_patches
 from vision_lowrank.models.heads import quarters
-from vision_lowrank.models.less_vit import initialise
+from vision_lowrank.models.layers.grid_block import initialise
 
 
 class ChannelViT(nn.Module):

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 
 from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
+from vision_lowrank.models.layers.grid_block import Block, initialise, make_attention, make_context, turned_widths
 from vision_lowrank.models.layers.low_rank_interpolation import LowRankInterpolation
-from vision_lowrank.models.less_vit import (
-    Block,
-    LessViT,
-    Patches,
-    initialise,
-    make_attention,
-    make_context,
-    turned_widths,
-)
+from vision_lowrank.models.less_vit import LessViT, Patches
 from vision_lowrank.processes import ALONE, Place, mean_over_processes, share_of
 
 Seen = Literal["optical", "radar", "multi"]

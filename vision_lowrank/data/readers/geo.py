@@ -91,7 +91,7 @@ def read_geotiff(paths: list[Path], expected: CardShape) -> Raster:
                 check_size((*first.shape, first.count), expected, str(paths[0]))
                 values = first.read(out_dtype="float32")
                 return Raster(blank_masked(first, values), bands, georeference(first, paths[0]), first.nodata, bad)
-            values, place, nodata = _put_together(paths, first, expected)
+            values, place, nodata = _put_together(paths, first, bands, expected)
             return Raster(values, bands, place, nodata, bad)
     except (RasterioError, ValueError) as error:
         # a file's own error carries its name already in most cases, but not in all
@@ -241,12 +241,11 @@ def _crs_text(file: DatasetReader) -> str:
 
 
 def _put_together(
-    paths: list[Path], first: DatasetReader, expected: CardShape
+    paths: list[Path], first: DatasetReader, bands: Bands | None, expected: CardShape
 ) -> tuple[np.ndarray, Georeference, float | None]:
     """Returns the values of the tiles of one scene, NaN where none has one, their place, and the nodata of them all."""
     corners: list[tuple[int, int, int, int]] = []
     nodata = {first.nodata}
-    bands = read_bands(first, paths[0])
     # one after the other: a system opens only so many files at once
     for path in paths:
         with open_raster(path) as tile:
