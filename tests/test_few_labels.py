@@ -369,6 +369,19 @@ def test_tables_say_what_the_runs_reached(tmp_path, capsys):
     assert "net" not in random
 
 
+def test_cells_of_fewer_seeds_than_their_column_say_so(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "svm", "blocks", 10, seed, 4)
+        if seed:
+            write_run(tmp_path, "net", "blocks", 10, seed, 6)
+    write_run(tmp_path, "net", "blocks", 10, 3, 8)
+    text = markdown_tables([one for one in read_runs(tmp_path) if "walk" not in one.method], "svm")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[3] == ["seeds", "4"]
+    assert lines[4:6] == [["svm", "70.0 ± 0.0 (n = 3)"], ["net", "83.3 ± 5.8 (n = 3)"]]
+    assert lines[-1] == ["net", "+10.00 [+10.0, +10.0] (n = 2)"]
+
+
 def test_without_the_reference_there_is_no_difference(tmp_path):
     write_run(tmp_path, "net", "blocks", 10, 0, 5)
     results = read_runs(tmp_path)

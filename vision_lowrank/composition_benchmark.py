@@ -43,6 +43,7 @@ from vision_lowrank.evaluation.composition import (
     difference_over_scenes,
     judge,
     mean_over_scenes,
+    share_over_scenes,
 )
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.compositions import save_sheet
@@ -273,7 +274,10 @@ def _report(
     for count in sorted(set(counts)):
         chosen = np.array(counts) == count
         for name, arrays in values.items():
-            shares = {key: mean_over_scenes(array[chosen]) for key, array in arrays.items()}
+            shares = {
+                key: (mean_over_scenes if key == "overlap" else share_over_scenes)(array[chosen])
+                for key, array in arrays.items()
+            }
             rows.append({"variant": name, "concepts": count, "images": int(chosen.sum()) * len(options.image_seeds)})
             rows[-1] |= {f"{key}{part}": value for key, share in shares.items() for part, value in _parts(share)}
             rows[-1] |= _cost([job for job, used in zip(jobs[name], chosen, strict=True) if used])

@@ -119,7 +119,7 @@ def markdown_tables(results: Sequence[RunResult], reference: str) -> str:
     """Returns for each kind of split a table of OA, AA, and of the difference in OA to the reference.
 
     A row a method, a column a number of labels; percent of the test pixels, mean ± standard deviation over seeds, and
-    differences paired by split with their 95 % intervals.
+    differences paired by split with their 95 % intervals. Cells of fewer seeds than their column has say of how many.
     """
     parts = []
     for kind in dict.fromkeys(map(_kind, results)):
@@ -144,23 +144,37 @@ def markdown_tables(results: Sequence[RunResult], reference: str) -> str:
     return "\n".join(parts)
 
 
-def _table(results: Sequence[RunResult], title: str, methods: Sequence[str], cell: Callable[..., str]) -> str:
+def _table(
+    results: Sequence[RunResult], title: str, methods: Sequence[str], cell: Callable[..., tuple[str, int]]
+) -> str:
     columns = {labels: [one for one in results if _labels(one) == labels] for labels in map(_labels, results)}
     names = [f"{labels} a class" if isinstance(labels, int) else f"{100 * labels:g} %" for labels in columns]
     pixels = [f"{np.mean([one.facts['train_pixels'] for one in runs]):.0f}" for runs in columns.values()]
     lines = [[title, *names], [":---", *("---:" for _ in names)], ["training pixels", *pixels]]
-    lines.append(["seeds", *(str(len({one.seed for one in runs})) for runs in columns.values())])
-    lines += [[method, *(cell(runs, method) for runs in columns.values())] for method in methods]
+    seeds = [len({one.seed for one in runs}) for runs in columns.values()]
+    lines.append(["seeds", *map(str, seeds)])
+    for method in methods:
+        cells = [cell(runs, method) for runs in columns.values()]
+        lines.append([method])
+        lines[-1] += [
+            text if count in (0, most) else f"{text} (n = {count})"
+            for (text, count), most in zip(cells, seeds, strict=True)
+        ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(runs: Sequence[RunResult], method: str, metric: str) -> str:
+def _cell(runs: Sequence[RunResult], method: str, metric: str) -> tuple[str, int]:
+    """Returns what a method reached, and over how many runs."""
     values = [getattr(one.scores["test"], metric) for one in _of(runs, method)]
-    return percent(summarise(values), digits=1) if values else ""
+    return percent(summarise(values), digits=1) if values else "", len(values)
 
 
-def _difference(runs: Sequence[RunResult], method: str, reference: str) -> str:
-    return signed_percent(paired_difference(runs, method, reference)) if _paired(runs, method, reference) else ""
+def _difference(runs: Sequence[RunResult], method: str, reference: str) -> tuple[str, int]:
+    """Returns by how much a method leads, and over how many divisions."""
+    if not _paired(runs, method, reference):
+        return "", 0
+    found = paired_difference(runs, method, reference)
+    return signed_percent(found), found.count
 
 
 def _paired(runs: Sequence[RunResult], method: str, reference: str) -> bool:

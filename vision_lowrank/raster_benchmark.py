@@ -140,10 +140,11 @@ class _Run:
             rows = read_rows(self.table)
             if all(done(rows, key) for key in keys):
                 continue
+            earlier: list[float] = []
             started = time.perf_counter()
             with PeakMemory(torch.device(self.device)) as memory:
-                found = list(self._outcomes(protocol, opened, make, encoder, seed, weights, fraction))
-            seconds = time.perf_counter() - started
+                found = list(self._outcomes(protocol, opened, make, encoder, seed, weights, fraction, earlier))
+            seconds = time.perf_counter() - started + sum(earlier)
             for test, outcome in found:
                 row = self._row(opened, test, outcome, common)
                 taken = max(seconds, outcome.seconds)
@@ -193,8 +194,9 @@ class _Run:
         seed: int,
         weights: str,
         fraction: float,
+        earlier: list[float],
     ) -> Iterator[tuple[str, Outcome]]:
-        """Yields what a protocol predicts of each test set."""
+        """Yields what a protocol predicts of each test set; adds to `earlier` the seconds that kept features took."""
         data, settings = opened.data, self.options["protocols"][protocol]
         segmentation = data.kind == "segmentation"
         if protocol in TRAINED or (protocol == "linear" and segmentation):
@@ -225,7 +227,9 @@ class _Run:
             place = self.folder / "features"
             reading = (settings["batch_size"], self.options["num_workers"], self.device)
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled="bf16" in self.precision):
-                return extract(encoder, samples, data.kind, identity, place, *reading)
+                found = extract(encoder, samples, data.kind, identity, place, *reading)
+            earlier.append(found.earlier_seconds)
+            return found
 
         train = features(data.train)
         if protocol == "linear":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,12 @@ class Features:
     Attributes:
         values: of images float32 (n, dim), or of patches (n, h, w, dim) for segmentation.
         targets: classes (n,), labels (n, K), or masks (n, H, W).
+        earlier_seconds: that an earlier call took to extract them, 0 where this one did.
     """
 
     values: np.ndarray
     targets: np.ndarray
+    earlier_seconds: float = 0.0
 
     def patches(self, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns patches as rows (n h w, dim), and the labels of their pixels (n h w, patch_size^2).
@@ -72,13 +75,14 @@ def extract(
         num_workers: processes that read samples.
         device: cpu or cuda.
     """
-    about = {**identity, "samples": samples.fingerprint, "kind": kind}
+    about = {**identity, "samples": samples.fingerprint, "kind": kind, "layout": 2}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache / f"{key}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
-            return Features(file["values"], file["targets"])
+            return Features(file["values"], file["targets"], float(file["seconds"]))
     values, targets = [], []
+    started = time.perf_counter()
     loader = DataLoader(samples, batch_size, num_workers=num_workers)
     for batch in track(loader, f"features of {encoder.name}", transient=True):
         with torch.no_grad():
@@ -86,7 +90,7 @@ def extract(
         targets.append(batch[TARGETS[kind]].numpy())  # type: ignore[index]
     found = Features(np.concatenate(values), np.concatenate(targets))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, values=found.values, targets=found.targets)
+        np.savez(file, values=found.values, targets=found.targets, seconds=time.perf_counter() - started)
     return found
 
 

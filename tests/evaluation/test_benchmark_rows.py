@@ -201,7 +201,7 @@ def test_table_shows_mean_deviation_interval_and_cost():
     assert dict(zip(header, second, strict=True)) == {
         "task": "eurosat", "protocol": "linear", "encoder": "less_vit", "weights": "01234567", "labels": "10 %",
         "split": "published", "seeds": "2", "metric": "accuracy", "value": "82.00 ± 2.83",
-        "95 % interval": "[81.0, 83.0]", "trained parameters": "7,690", "GMACs": "1.25", "seconds": "33.5",
+        "95 % over samples": "[81.0, 83.0]", "trained parameters": "7,690", "GMACs": "1.25", "seconds": "33.5",
         "peak MB": "",
     }  # fmt: skip
     assert first[2:5] == ["x\\|y", "none", "100 %"]
@@ -220,6 +220,8 @@ def test_only_a_clear_best_is_bold():
     assert values(far + ours) == ["**80.00 ± 0.00**", "70.00 ± 0.00"]
     # a rival far behind, but so uncertain that it may be ahead
     assert values(ours + seeds([0.6, 0.6], 0.3, encoder="odd"))[0] == "80.00 ± 0.00"
+    # ahead by 4 and by 16 points: with other seeds it may be behind (t = 1.67, for which two seeds need 12.7)
+    assert values(seeds([0.8, 0.9], 0.01) + seeds([0.76, 0.74], 0.01, encoder="near"))[0] == "85.00 ± 7.07"
     # other weights are rivals and no further seeds; other protocols, fractions and splits are neither
     assert values(ours + seeds([0.7], 0.01, weights="random")) == ["**80.00 ± 0.00**", "70.00"]
     for changes in ({"protocol": "knn"}, {"fraction": 1.0}, {"split": "grouped"}, {"metric": "macro_map"}):

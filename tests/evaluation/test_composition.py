@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from vision_lowrank.evaluation.composition import (
     confusion,
@@ -10,6 +10,7 @@ from vision_lowrank.evaluation.composition import (
     intersection_over_union,
     judge,
     mean_over_scenes,
+    share_over_scenes,
     wilson,
 )
 
@@ -59,7 +60,7 @@ def test_overlap_counts_pixels():
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (20, 20), (13, 40), (1, 7)])
 def test_wilson_is_scipys(successes, trials):
     interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    found = wilson(successes, trials)
+    found = wilson(successes / trials, trials)
     np.testing.assert_allclose((found.low, found.high), (interval.low, interval.high), atol=1e-9)
     assert found.value == successes / trials
 
@@ -67,14 +68,44 @@ def test_wilson_is_scipys(successes, trials):
 def test_intervals_are_those_of_scenes_not_of_images():
     generator = np.random.default_rng(1)
     scenes = generator.random((50, 1)) < 0.6
-    alike = mean_over_scenes(np.repeat(scenes, 4, 1))
-    apart = mean_over_scenes(generator.random((50, 4)) < 0.6)
+    alike = share_over_scenes(np.repeat(scenes, 4, 1))
+    apart = share_over_scenes(generator.random((50, 4)) < 0.6)
     assert alike.value == scenes.mean()
     # for scenes whose images all agree, it is the interval of 50 trials, not of 200
     spread = 2 * 1.96 * (scenes.mean() * (1 - scenes.mean()) / 50) ** 0.5
     assert alike.high - alike.low == pytest.approx(spread, rel=0.1)
     assert apart.high - apart.low < 0.7 * spread
-    assert mean_over_scenes(np.ones((30, 4), bool)).low == pytest.approx(wilson(30, 30).low)
+    assert share_over_scenes(np.ones((30, 4), bool)).low == pytest.approx(wilson(1, 30).low)
+
+
+@pytest.mark.parametrize(("share", "agreement"), [(0.02, 0.3), (0.1, 0.05), (0.1, 0.6), (0.5, 0.3), (0.95, 0.6)])
+def test_intervals_of_shares_hold_the_true_one(share, agreement):
+    generator = np.random.default_rng(3)
+    concentration = (1 - agreement) / agreement
+    chances = generator.beta(share * concentration, (1 - share) * concentration, (2000, 18, 1))
+    found = [share_over_scenes(one) for one in generator.random((2000, 18, 4)) < chances]
+    # the bootstrap over scenes has 0.4 at a share of 0.02
+    assert np.mean([one.low <= share <= one.high for one in found]) > 0.94
+
+
+def test_one_success_is_no_surer_than_none():
+    nothing, single = np.zeros((18, 4)), np.zeros((18, 4))
+    single[5, 2] = 1
+    none, one = share_over_scenes(nothing), share_over_scenes(single)
+    assert none.high == pytest.approx(wilson(0, 18).high)
+    assert one.low > 0
+    assert one.high > none.high
+
+
+def test_means_and_differences_have_students_interval():
+    values = np.random.default_rng(4).random((12, 3)) * 0.5
+    expected = ttest_1samp(values.mean(1), 0).confidence_interval()
+    for found in (mean_over_scenes(values), difference_over_scenes(values, np.zeros((12, 3)))):
+        assert (found.value, found.low, found.high) == pytest.approx((values.mean(), expected.low, expected.high))
+    # no end lies beyond the scale, and one scene leaves all of it open
+    assert mean_over_scenes(np.array([[0.0], [0.0], [0.1]])).low == 0
+    for one, lowest in ((mean_over_scenes(values[:1]), 0), (difference_over_scenes(values[:1], values[1:2]), -1)):
+        assert (one.low, one.high) == (lowest, 1)
 
 
 def test_confusion_counts_what_boxes_showed():
@@ -88,12 +119,12 @@ def test_differences_are_paired_by_scene():
     found = difference_over_scenes(one, other)
     assert found.value == pytest.approx(one.mean() - other.mean())
     # each alone is as uncertain as the scenes are hard, which cancels
-    assert found.high - found.low < mean_over_scenes(one).high - mean_over_scenes(one).low
+    assert found.high - found.low < share_over_scenes(one).high - share_over_scenes(one).low
 
 
 def test_differences_that_never_vary_are_not_taken_for_certain():
     none, every = np.zeros((30, 4), bool), np.ones((30, 4), bool)
-    edge = wilson(30, 30).low
+    edge = wilson(1, 30).low
     for one, other, expected in (
         (every, none, (1, edge, 1)),
         (none, every, (-1, -1, -edge)),

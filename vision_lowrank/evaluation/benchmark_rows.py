@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 
 from vision_lowrank.errors import DataError
-from vision_lowrank.evaluation.tables import Summary, summarise
+from vision_lowrank.evaluation.tables import Summary, summarise, t_interval
 
 logger = logging.getLogger(__name__)
 
@@ -190,13 +190,14 @@ def summarise_rows(rows: Iterable[Row]) -> list[Line]:
 def markdown_rows(rows: Iterable[Row]) -> str:
     """Returns a Markdown table: a line for each task, protocol, encoder, weights, fraction, split and metric.
 
-    Values are percent, mean ± standard deviation over seeds, the interval is the mean of the seeds' ones. The best of
-    those that differ in encoder or weights only is bold where its interval lies above all the others'.
+    Values are percent, mean ± standard deviation over seeds; the interval over samples is the mean of the seeds' ones
+    and says nothing of other seeds. The best of those that differ in encoder or weights only is bold where its interval
+    lies above all the others' and, by Student's t over the seeds in common, where there are two, so does its value.
     """
     lines = summarise_rows(rows)
     header = [
-        "task", "protocol", "encoder", "weights", "labels", "split", "seeds", "metric", "value", "95 % interval",
-        "trained parameters", "GMACs", "seconds", "peak MB",
+        "task", "protocol", "encoder", "weights", "labels", "split", "seeds", "metric", "value",
+        "95 % over samples", "trained parameters", "GMACs", "seconds", "peak MB",
     ]  # fmt: skip
     text = {"task", "protocol", "encoder", "weights", "split", "metric"}
     table = [header, [":---" if name in text else "---:" for name in header]]
@@ -204,7 +205,7 @@ def markdown_rows(rows: Iterable[Row]) -> str:
         row = line.rows[0]
         value = f"{100 * line.value.mean:.2f}" + ("" if line.value.std is None else f" ± {100 * line.value.std:.2f}")
         rivals = [other for other in lines if _comparison(other) == _comparison(line) and other is not line]
-        if rivals and all(line.low > other.high for other in rivals):
+        if rivals and all(_leads(line, other) for other in rivals):
             value = f"**{value}**"
         table.append(
             [
@@ -221,6 +222,13 @@ def _comparison(line: Line) -> tuple[Any, ...]:
     """Returns what two lines must have in common to be compared."""
     row = line.rows[0]
     return row.task, row.protocol, row.split, row.metric, -row.fraction
+
+
+def _leads(line: Line, other: Line) -> bool:
+    """Tells whether a line is above another, whatever samples and seeds were drawn; see `markdown_rows`."""
+    theirs = {row.seed: row.value for row in other.rows}
+    interval = t_interval([row.value - theirs[row.seed] for row in line.rows if row.seed in theirs])
+    return line.low > other.high and (interval is None or interval[0] > 0)
 
 
 def _number(value: float | None, form: str) -> str:

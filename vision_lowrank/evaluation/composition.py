@@ -9,6 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from vision_lowrank.evaluation.tables import t_interval
+
 Edges: TypeAlias = tuple[float, float, float, float]
 NONE = "none"
 QUANTILE = 1.959964  # 97.5 % quantile of the normal distribution
@@ -35,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Share:
-    """A share, or a difference of two, with its 95 % interval (Wilson's for independent trials, else a bootstrap's)."""
+    """A mean over scenes, or a mean difference, with its 95 % interval."""
 
     value: float
     low: float
@@ -74,48 +76,54 @@ def intersection_over_union(one: Edges, other: Edges) -> float:
     return common / (sum(areas) - common)
 
 
-def mean_over_scenes(values: np.ndarray, draws: int = 10_000, seed: int = 0) -> Share:
-    """Returns the mean with a 95 % interval in which whole scenes are drawn anew, not single images.
+def share_over_scenes(values: np.ndarray) -> Share:
+    """Returns the share of successes with an interval in which a scene's images may depend on each other.
+
+    It is Wilson's, for as many independent trials as would vary like the scenes' means. The variance of these is
+    estimated with two scenes of nothing but successes and two without any put beside them, as Agresti and Coull (1998)
+    do with trials: next to 0 and 1 the scenes themselves hardly vary, however few they are.
 
     Args:
-        values: (scenes, seeds) successes or shares.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        values: (scenes, seeds) successes, or shares of successes.
     """
     means = np.asarray(values, float).mean(1)
-    if means.min() == means.max() and means[0] in (0, 1):
-        # the bootstrap of equal values has no width; as many scenes of one trial each are the cautious reading
-        return wilson(int(means.sum()), len(means))
-    return _bootstrap(means, draws, seed)
+    padded = np.append(means, (0, 0, 1, 1))
+    design_effect = padded.var() / (padded.mean() * (1 - padded.mean()))
+    return wilson(float(means.mean()), len(means) / design_effect)
 
 
-def difference_over_scenes(one: np.ndarray, other: np.ndarray, draws: int = 10_000, seed: int = 0) -> Share:
-    """Returns the mean difference of two methods on the same scenes, with its interval as for `mean_over_scenes`.
+def mean_over_scenes(values: np.ndarray) -> Share:
+    """Returns a mean of measures between 0 and 1 with Student's interval over scenes, which a single one leaves open.
 
     Args:
-        one: (scenes, seeds) successes or shares.
-        other: likewise.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        values: (scenes, seeds) measures.
     """
-    gaps = (np.asarray(one, float) - np.asarray(other, float)).mean(1)
-    if gaps.min() == gaps.max() and gaps[0] in (-1, 0, 1):
-        # as cautious as for a share, on both sides of 0
-        size = wilson(int(abs(gaps).sum()), len(gaps))
-        low, high = (-size.high, size.high) if gaps[0] == 0 else sorted((gaps[0] * size.low, gaps[0] * size.high))
-        return Share(float(gaps[0]), float(low), float(high))
-    return _bootstrap(gaps, draws, seed)
+    return _student(np.asarray(values, float).mean(1), 0)
 
 
-def _bootstrap(means: np.ndarray, draws: int, seed: int) -> Share:
-    chosen = np.random.default_rng(seed).integers(len(means), size=(draws, len(means)))
-    low, high = np.quantile(means[chosen].mean(1), (0.025, 0.975))
-    return Share(float(means.mean()), float(low), float(high))
+def difference_over_scenes(one: np.ndarray, other: np.ndarray) -> Share:
+    """Returns the mean difference of two methods on the same scenes with Student's interval over scenes.
+
+    Args:
+        one: (scenes, seeds) successes, or measures between 0 and 1.
+        other: likewise.
+    """
+    return _student((np.asarray(one, float) - np.asarray(other, float)).mean(1), -1)
 
 
-def wilson(successes: int, trials: int) -> Share:
+def _student(means: np.ndarray, lowest: float) -> Share:
+    mean = float(means.mean())
+    low, high = t_interval(means.tolist()) or (lowest, 1)
+    if len(means) > 1 and np.ptp(means) < 1e-9:
+        # scenes that do not differ say nothing of their spread: as cautious as for a share of none or all
+        half = wilson(0, len(means)).high
+        low, high = mean - half, mean + half
+    return Share(mean, max(low, lowest), min(high, 1))
+
+
+def wilson(share: float, trials: float) -> Share:
     """Returns a share with Wilson's 95 % interval (1927)."""
-    share, z = successes / trials, QUANTILE
+    z = QUANTILE
     middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
     return Share(share, max(0.0, middle - half), min(1.0, middle + half))
