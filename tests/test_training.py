@@ -311,8 +311,18 @@ def test_an_encoder_alone_is_a_base_if_its_settings_match(configure_windows, tmp
     (result,) = train(config)
     assert result.facts["transductive"]
 
+    # dropout is the fine-tuning's own matter
+    base = f"base={tmp_path / 'run' / 'encoder'}"
+    train(configure_windows("trainer.max_epochs=1", "regime=probe", base, "+model.encoder.drop_rate=0.5"))
+    own = LessSegmentation.from_pretrained(run_folder(config) / "model").encoder
+    assert own.settings["drop_rate"] == 0.5
+    assert own.blocks[0].drop.p == 0.5
+    for name, value in own.state_dict().items():
+        if not name.startswith("head"):
+            assert torch.equal(encoder.state_dict()[name], value), name
+
     with pytest.raises(ConfigError, match=r"rank is 1, model\.encoder has 2; add \+\+model\.encoder\.rank=1$"):
-        train(configure_windows(f"base={tmp_path / 'run' / 'encoder'}", "model.encoder.rank=2"))
+        train(configure_windows(base, "model.encoder.rank=2"))
 
 
 def weights(folder):

@@ -330,6 +330,8 @@ def _was_transductive(run: Path) -> bool:
 def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     """Returns the base in `folder` after comparing it with the configuration.
 
+    An encoder by itself gets the configuration's dropout rates.
+
     Raises:
         CheckpointError: it cannot be loaded.
         ConfigError: it is of another size.
@@ -349,14 +351,17 @@ def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     if isinstance(model, LessSegmentation):
         encoder = base.encoder if isinstance(base, LessSegmentation) else base
         found = encoder.settings
-        others = {name: need for name, need in model.encoder.settings.items() if found[name] != need}
+        # no weights hang on these, so an encoder by itself can have others here than where it was pretrained
+        free = () if base is not encoder else ("drop_rate", "attn_drop_rate", "drop_path_rate", "init_values")
+        needs = {name: need for name, need in model.encoder.settings.items() if name not in free}
+        others = {name: need for name, need in needs.items() if found[name] != need}
         if others:
             told = ", ".join(f"{name} is {found[name]}, model.encoder has {need}" for name, need in others.items())
             remedy = " ".join(f"++model.encoder.{name}={json.dumps(found[name])}" for name in others)
             raise ConfigError(f"base {folder}: {told}; add {remedy}")
         if base is not encoder:
             return base
-        model.encoder = encoder
+        model.encoder.load_state_dict(encoder.state_dict())
         return model
     for setting in ("in_chans", "img_size"):
         found, needed = getattr(base, setting), getattr(model, setting)
