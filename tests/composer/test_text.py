@@ -1,6 +1,8 @@
 """Prompts against diffusers' own encoding, with LoRAs merged into copies and tokens added to the vocabulary."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -161,6 +163,19 @@ def test_subjects_are_found_by_token(pipeline, subject, tokens):
 def test_wrong_prompts(pipeline, prompt, subject, message):
     with pytest.raises(ConfigError, match=message):
         encode(pipeline, prompt, None, [(make_lora(1), 1.0)], subject)
+
+
+def test_a_token_that_two_loras_mean_differently(pipeline):
+    one, other = (replace(make_lora(seed), files=(Path(f"{seed}.safetensors"),)) for seed in (1, 2))
+    message = "token <ai1> is in 1.safetensors and 2.safetensors with other embeddings; give it one"
+    for prompt, subject in (("a <ai1> cat", None), ("a cat", "<ai1>")):
+        with pytest.raises(ConfigError, match=message):
+            encode(pipeline, prompt, None, [(one, 1.0), (other, 1.0)], subject)
+    # what is not named does no harm, nor does the same embedding twice
+    encode(pipeline, "a cat", None, [(one, 1.0), (other, 1.0)])
+    alike = replace(other, tokens=one.tokens, tokens_2=one.tokens_2)
+    found = encode(pipeline, "a <ai1> cat", None, [(one, 1.0), (alike, 0.0)])
+    assert torch.equal(found.text.positive, encode(pipeline, "a <ai1> cat", None, [(one, 1.0)]).text.positive)
 
 
 def test_a_token_for_one_encoder_only_is_unknown_to_the_other():

@@ -53,7 +53,8 @@ def encode(
         subject: the words of the prompt that are the concept; None for the LoRAs' tokens.
 
     Raises:
-        ConfigError: a prompt is too long or names an unknown token, or the subject is not in the prompt.
+        ConfigError: a prompt is too long, names an unknown token or one that two LoRAs mean differently, or the subject
+            is not in the prompt.
     """
     encoders = [
         _Encoder(pipeline, suffix, loras) for suffix in ("", "_2") if getattr(pipeline, f"text_encoder{suffix}", None)
@@ -83,8 +84,14 @@ class _Encoder:
         self.tokenizer: Any = getattr(pipeline, f"tokenizer{suffix}")
         self.loras: list[Lora] = [(getattr(lora, f"text_encoder{suffix}"), strength) for lora, strength in loras]
         self.embeddings: dict[str, Tensor] = {}
+        self.sources: dict[str, str] = {}
+        self.ambiguous: dict[str, str] = {}
         for lora, _ in loras:
-            self.embeddings |= getattr(lora, f"tokens{suffix}")
+            for token, embedding in getattr(lora, f"tokens{suffix}").items():
+                source = str(lora.files[0]) if lora.files else "a LoRA"
+                if token in self.embeddings and not torch.equal(self.embeddings[token], embedding):
+                    self.ambiguous[token] = f"{self.sources[token]} and {source}"
+                self.embeddings[token], self.sources[token] = embedding, source
         self.length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     @torch.no_grad()
@@ -114,6 +121,11 @@ class _Encoder:
         parts = re.split(f"({'|'.join(map(re.escape, names))})", prompt) if names else [prompt]
         pieces: list[int | str] = []
         for part in parts:
+            if part in self.ambiguous:
+                raise ConfigError(
+                    f"prompt {prompt!r}: token {part} is in {self.ambiguous[part]} with other embeddings; give it one "
+                    "of these LoRAs, or train one with another token"
+                )
             if part in self.embeddings:
                 pieces.append(part)
                 continue
