@@ -108,8 +108,8 @@ def bootstrap(
     in. Accuracy, F1 and segmentation need sums only, formed by matrix products. Average precision is sorted once and
     then costs 12 ms a draw for the 125,866 test images and 19 labels of BigEarthNet on one core, 13 s in all.
 
-    Macro means are over the classes that occur in a draw, as the metric is over those that occur in a test: where a class
-    is in few groups, its coming and going widens the interval.
+    Macro means are over the classes that occur in a draw, as the metric is over those that occur in a test: where a
+    class is in few groups, its coming and going widens the interval.
 
     The draws of a value of 0 or 1 are all alike, which says nothing of how sure it is: Wilson's interval for as many
     trials as there are groups takes the place of theirs.
