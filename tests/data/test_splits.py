@@ -67,6 +67,20 @@ def test_shares_are_rounded_half_up_in_spite_of_binary_fractions():
     assert np.bincount(labels.flat[split.validation]).tolist() == [2]
 
 
+def test_a_class_of_few_pixels_trains_before_it_validates():
+    labels = np.zeros((20, 20), np.int64)
+    labels[0, :8] = 1
+    # 8 x 0.12 is one pixel, more than half of which is asked for validation
+    split = random_split(labels, 2, 0.05, 0.07, seed=0)
+    assert [(labels.flat[part] == 1).sum() for part in split.subsets().values()] == [1, 0, 7]
+    # and of two published pixels one stays, however large the share for validation
+    published = np.full(labels.shape, IGNORE)
+    published[0, 6:10] = labels[0, 6:10]
+    split = file_split(labels, published, None, 0.9, 0, "Train.mat")
+    for part in (split.train, split.validation):
+        assert sorted(labels.flat[part].tolist()) == [0, 1]
+
+
 def test_ten_percent_of_indian_pines(pines):
     split = random_split(pines, 16, 0.09, 0.01, seed=0)
     assert split.train.size + split.validation.size == pytest.approx(1025, abs=5)

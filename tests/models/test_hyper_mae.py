@@ -108,6 +108,46 @@ def test_padding_channels_are_never_kept_and_never_count():
     assert torch.nonzero(~result.hidden_channels[1]).flatten().tolist() == [1, 2, 3]
     patches.pixels[1, 4:] = 1e6
     assert torch.equal(model.reconstruct(patches, "multi", noise).loss, result.loss)
+    # a sample with fewer channels than would be kept has all of them kept, and the others as many
+    few = make(model, present=torch.tensor([[True] * 6, [True, False, False, False, True, False]]))
+    hidden = model.reconstruct(few, "multi", noise).hidden_channels
+    assert [torch.nonzero(~row).flatten().tolist() for row in hidden] == [[0, 1], [0, 4]]
+
+
+def test_a_pass_over_radar_hides_none_of_it():
+    model = tiny()
+    patches = make(model, radar=True)
+    result = model.reconstruct(patches, "radar", model.draw_noise(patches, "radar"))
+    assert result.hidden_channels.tolist() == [[True] * 6 + [False] * 2] * 2
+
+
+def test_the_decoder_gets_what_was_seen_and_a_token_for_each_way_of_being_hidden():
+    # rotations leave the tokens as they are
+    model = tiny("rope", decoder_channel_dim_per_head=4)
+    patches = make(model)
+    received = []
+    model.decoder_blocks[0].register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    noise = model.draw_noise(patches, "multi", torch.Generator().manual_seed(3))
+    result = model.reconstruct(patches, "multi", noise)
+    for b in range(2):
+        rows = [0, *(1 + torch.nonzero(~result.hidden_channels[b]).flatten()).tolist()]
+        columns = [0, *(1 + torch.nonzero(~result.hidden_positions[b]).flatten()).tolist()]
+        channels, positions = (torch.tensor([[one - 1 for one in kept[1:]]]) for kept in (rows, columns))
+        alone = model.encoder.patches(patches_image(patches)[b : b + 1], WAVELENGTHS, 10.0)
+        seen = model.decoder_embed(model.encoder.encode(alone, channels, positions))[0]
+        for i in range(7):
+            for j in range(17):
+                if i in rows and j in columns:
+                    expected = seen[rows.index(i), columns.index(j)]
+                elif i == 0:
+                    expected = model.decoder_channel_mask_token
+                else:
+                    expected = model.decoder_spatial_mask_token if j == 0 else model.decoder_mask_token
+                torch.testing.assert_close(received[0][b, i, j], expected)
+
+
+def patches_image(patches):
+    return assemble(patches.pixels, 4)
 
 
 def test_modalities_weigh_alike_and_an_unseen_one_is_all_hidden():

@@ -86,6 +86,12 @@ def test_field_reaches_so_many_metres():
                 assert bool(mask[b, 0, 1 + i, 1 + j]) == (distance <= 320)
     assert mask[:, 0, 0].all()
     assert mask[:, 0, :, 0].all()
+    # places in float32: patches of 1.2 m, 50 of which are further than 60 m by rounding, the 51st in truth
+    metres = grid_coordinates(torch.ones(1, 1), torch.tensor([0.6]), rows=1, columns=60, patch_size=2).metres
+    assert (metres[0, 50, 1] - metres[0, 0, 1]).item() != 60
+    for start in range(9):
+        assert field_mask(metres, 60.0)[0, 0, 1 + start, 1 + start + 50]
+        assert not field_mask(metres, 60.0)[0, 0, 1 + start, 1 + start + 51]
 
 
 @pytest.mark.parametrize(

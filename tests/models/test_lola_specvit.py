@@ -162,6 +162,67 @@ def test_the_first_convolution_is_that_of_float32_under_autocast():
     assert not torch.equal(stem.convolutions[0].bfloat16()(x[:, None].bfloat16()), exact.bfloat16())
 
 
+def layer_norm(x, layer):
+    """Over the last axis of an array."""
+    centred = x - x.mean(-1, keepdims=True)
+    normalised = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + layer.eps)
+    return normalised * layer.weight.numpy() + layer.bias.numpy()
+
+
+def linear(x, layer):
+    return x @ layer.weight.numpy().T + layer.bias.numpy()
+
+
+def slow_block(x, block):
+    """Pre-norm attention and SwiGLU, each added to its input; the attention has a reference of its own above."""
+    x = x + block.attn(torch.from_numpy(layer_norm(x, block.norm1))).numpy()
+    normalised = layer_norm(x, block.norm2)
+    gate = linear(normalised, block.mlp.fc1_g)
+    return x + linear(gate / (1 + np.exp(-gate)) * linear(normalised, block.mlp.fc1_x), block.mlp.fc2)
+
+
+def slow_downsample(x, layer):
+    """A 3 x 3 convolution at every other position of the normalised map (batch, side, side, width)."""
+    padded = np.pad(layer_norm(x, layer.norm), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    weight, side = layer.reduction.weight.numpy(), -(-x.shape[1] // 2)
+    y = np.zeros((len(x), side, side, len(weight)))
+    for i in range(side):
+        for j in range(side):
+            y[:, i, j] = np.einsum("bijc,ocij->bo", padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3], weight)
+    return y + layer.reduction.bias.numpy()
+
+
+@torch.no_grad()
+def test_the_whole_model_is_stem_position_stages_and_pooled_head():
+    torch.manual_seed(0)
+    model = LolaSpecViT(
+        5, 3, 11, stem_channels=(2, 3), stem_depths=(3, 3), dim=8, depths=(1, 2), num_heads=(2, 4), window_size=3
+    )
+    for parameter in model.parameters():
+        parameter.normal_(std=0.3)
+    model.double().eval()
+    image = torch.randn(2, 5, 11, 11, dtype=torch.float64)
+    # the stem, too, has a reference above
+    x = model.stem(image).permute(0, 2, 3, 1).numpy() + model.pos_embed.numpy()
+    assert x.shape[1:3] == (7, 7)
+    first, (downsample, *second) = model.stages[0], model.stages[1]
+    x = slow_block(x, first[0])
+    x = slow_downsample(x, downsample)
+    for block in second:
+        x = slow_block(x, block)
+    x = layer_norm(x, model.norm)
+    pooled = np.concatenate([x.mean((1, 2)), x[:, 2, 2]], axis=1)
+    assert x.shape[1:3] == (4, 4)
+    np.testing.assert_allclose(model.forward_head(model.forward_features(image), pre_logits=True), pooled, rtol=1e-10)
+    np.testing.assert_allclose(model(image), linear(pooled, model.head), rtol=1e-10)
+
+
+def test_later_blocks_are_dropped_more_often():
+    model = LolaSpecViT(5, 3, 9, depths=(2, 3), num_heads=(2, 4), drop_path_rate=0.4)
+    rates = [module.drop_path.drop_prob for module in model.modules() if hasattr(module, "drop_path")]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
 def test_what_timm_could_not_read_of_it_is_refused():
     with pytest.raises(ConfigError, match="lola_specvit_tiny has no features_only; take forward_features"):
         timm.create_model("lola_specvit_tiny", in_chans=4, num_classes=2, img_size=5, features_only=True)
