@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vision_lowrank.composer.layout import Box, Places
@@ -28,6 +28,9 @@ def boxes(draw, size=960):
     return [edges[0][0], edges[1][0], edges[0][1], edges[1][1]]
 
 
+# small boxes over a border of cells, which lie in the cell of their middle
+@example([230, 475, 252, 490], 4, 4)
+@example([225, 470, 248, 484], 4, 4)
 @given(boxes(), st.integers(1, 40), st.integers(1, 40))
 def test_nearest_cells_hold_every_cell_whose_middle_is_inside_and_never_none(pixels, height, width):
     found = Box.from_pixels(*pixels, 960, 960).cells(height, width)
@@ -40,6 +43,12 @@ def test_nearest_cells_hold_every_cell_whose_middle_is_inside_and_never_none(pix
         expected.append(inside or [min(int(half * cells / 960), cells - 1)])
     rows, columns = expected
     assert found == (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)
+
+
+def test_edges_at_the_middle_of_a_cell_are_there_in_spite_of_rounding():
+    # 15 / 22 of 11 cells are 7.5, a little less in float64
+    assert 15 / 22 * 11 < 7.5
+    assert Box.from_pixels(1, 15, 15, 21, 22, 22).cells(11, 11) == (1, 8, 8, 11)
 
 
 def test_small_boxes_have_no_inner_cells():

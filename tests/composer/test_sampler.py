@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from vision_lowrank.composer.attention import Maps
 from vision_lowrank.composer.losses import CONSTANTS, Constants
-from vision_lowrank.composer.sampler import Settings, compose, reinitialise
+from vision_lowrank.composer.sampler import Settings, compose, goes_on, reinitialise
 
 LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
@@ -375,3 +375,14 @@ def test_composition_is_that_of_the_slow_method(unet, case):
     expected = torch.tensor(losses, dtype=torch.float64)[:, None]
     torch.testing.assert_close(found.losses, expected, rtol=1e-8, atol=0, equal_nan=True)
     torch.testing.assert_close(found.latents, latents, rtol=1e-7, atol=1e-7)
+
+
+def test_steps_along_the_gradient_end_when_the_loss_grows_or_they_are_many():
+    constants = Constants(patience=2, last=3)
+    losses = [torch.tensor(row) for row in ([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [2.0, 2.1, math.nan], [1.0, 2.0, 1.0])]
+    assert goes_on(losses[:1], constants).tolist() == [True] * 3
+    # before the patience is over a loss may grow; after that one that stays does not end it
+    assert goes_on(losses[:2], constants).tolist() == [True] * 3
+    assert goes_on(losses[:3], constants).tolist() == [True, False, False]
+    assert goes_on(losses, constants).tolist() == [False] * 3
+    assert goes_on(losses, replace(constants, last=None)).tolist() == [True, True, False]

@@ -154,6 +154,7 @@ def test_a_loss_that_is_no_number_ends_the_training():
     [
         # of 64 pixels: one standard error at 1.0 is 0.015, one pixel 0.016; at 0.9 it is 0.038
         ([0.5, 1.0, 63 / 64, 0.9], 2),
+        ([0.5, 1.0, 0.985, 0.9], 3),
         ([0.5, 0.90, 0.87, 0.85], 3),
         ([0.9, 0.9, 0.9, 0.9], 4),
         ([0.9, 0.2, 0.3, 0.4], 1),
