@@ -7,6 +7,7 @@ from sklearn.svm import SVC
 
 from vision_lowrank.baselines import SpectralSVM, fit_baseline, is_baseline
 from vision_lowrank.data.modules import SceneDataModule
+from vision_lowrank.shape_svm import ShapeSVM
 
 FOREST = OmegaConf.create({"_target_": "vision_lowrank.baselines.PatchForest", "trees": 7, "seed": 3})
 
@@ -54,6 +55,29 @@ def test_svm_takes_the_settings_that_validate_best(data):
     found = svm.probabilities(svm.features(data, data.split.test))
     assert np.array_equal(found.argmax(1), best.predict(scaler.transform(spectra[data.split.test])))
     assert set(np.unique(found)) == {0, 1}
+
+
+def test_settings_are_validated_on_validation_pixels_after_training_on_the_others():
+    # noisy sets, chosen such that the two directions disagree
+    generator = np.random.default_rng(16)
+
+    def noisy():
+        values = generator.normal(size=(12, 1)).round(1)
+        return values, ((values[:, 0] > 0) ^ (generator.random(12) < 0.25)).astype(int)
+
+    (train, labels), (validation, held) = noisy(), noisy()
+    svm = SpectralSVM([100], [0.01, 30])
+    svm.fit(train, labels, validation, held)
+    assert svm.chosen == {"C": 100, "gamma": 0.01}
+    svm.fit(validation, held, train, labels)
+    assert svm.chosen == {"C": 100, "gamma": 30}
+
+
+def test_shapes_are_logarithms_of_spectra_less_their_mean(data):
+    pixels = np.array([0, 77, 145 * 145 - 1])
+    logarithm = np.log(data.scene.image.reshape(200, -1)[:, pixels].T.astype(np.float64))
+    found = ShapeSVM([1], [1]).features(data, pixels)
+    np.testing.assert_allclose(found, logarithm - logarithm.mean(1, keepdims=True), atol=1e-5)
 
 
 def test_chance_decides_between_the_classes_of_training_alone(data):
