@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vision_lowrank.data.splits import Split, block_split, random_split
 from vision_lowrank.errors import ConfigError, DataError, SplitError
 from vision_lowrank.evaluation.metrics import Scores
 from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
-from vision_lowrank.few_labels import run_few_labels
+from vision_lowrank.few_labels import Division, Run, run_few_labels
 from vision_lowrank.few_labels_report import chosen_runs, markdown_tables, read_runs, report, summary_rows
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.random_walk import Walk, random_walk
@@ -367,6 +368,19 @@ def test_tables_say_what_the_runs_reached(tmp_path, capsys):
     assert "lacks 0 to 2 of the classes" in blocks
     assert "| svm | 90.0 |" in random
     assert "net" not in random
+
+
+def test_where_no_two_members_agree_the_first_decides(tmp_path):
+    # rows: members; columns: pixels
+    maps = {"a": [2, 2, 0, 1], "b": [1, 0, 1, 1], "c": [0, 0, 1, 2]}
+    for name, predicted in maps.items():
+        write_run(tmp_path, name, "blocks", 10, 1, 5, transductive=name == "b")
+        np.save(tmp_path / "blocks-10-seed1" / name / "prediction.npy", np.array(predicted, np.uint8))
+    data = SimpleNamespace(scene=SimpleNamespace(labels=np.zeros(4)), num_classes=3)
+    votes, facts = Division._votes(SimpleNamespace(root=tmp_path), Run(1, "blocks", 10, "all"), list(maps), data)
+    assert votes.argmax(1).tolist() == [2, 0, 1, 1]
+    np.testing.assert_allclose(votes, np.array([[1, 1, 1], [2, 0, 1], [1, 2, 0], [0, 2, 1]]) / 3, atol=1e-3)
+    assert facts == {"seconds": 9.0, "transductive": True}
 
 
 def test_cells_of_fewer_seeds_than_their_column_say_so(tmp_path):
