@@ -41,7 +41,7 @@ PIXELS = [
     *("+model.depths=[1]", "+model.stem_channels=[2,4]", "+model.stem_depths=[3,3]", "trainer.max_epochs=4"),
 ]
 WINDOWS = [
-    *("experiment=less_vit_indian_pines", "name=own_scene", "data/split=random", "data.size=4", "data.stride=2"),
+    *("experiment=less_vit_indian_pines", "name=own_scene", "data/split=random", "data.size=4", "data.stride=1"),
     *("model.encoder.embed_dim=32", "model.encoder.depth=1", "model.encoder.num_heads=2", "model.pool_heads=2"),
     *("task.channel_sampling=[0.5,1]", "data.bands=[450,900]", "trainer.max_epochs=2"),
 ]

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from vision_lowrank.composer.attention import Maps
 from vision_lowrank.composer.losses import CONSTANTS, Constants
-from vision_lowrank.composer.sampler import Settings, compose, goes_on, reinitialise
+from vision_lowrank.composer.sampler import Settings, _change, compose, goes_on, reinitialise
 
 LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
@@ -386,3 +386,14 @@ def test_steps_along_the_gradient_end_when_the_loss_grows_or_they_are_many():
     assert goes_on(losses[:3], constants).tolist() == [True, False, False]
     assert goes_on(losses, constants).tolist() == [False] * 3
     assert goes_on(losses, replace(constants, last=None)).tolist() == [True, True, False]
+
+
+def test_steps_are_shortened_to_the_longest_and_never_lengthened():
+    scheduler = SimpleNamespace(timesteps=torch.arange(3), scale_model_input=lambda sample, timestep: sample)
+    generator = torch.Generator().manual_seed(0)
+    latents, gradient = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    gradient[1] *= 1e-3
+    found = _change(gradient, latents, Constants(step_size=5, largest_step=0.1), 0, scheduler)
+    assert found[0].norm() == pytest.approx(0.1 * latents[0].norm())
+    torch.testing.assert_close(found[0] / found[0].norm(), gradient[0] / gradient[0].norm())
+    torch.testing.assert_close(found[1], 5 * gradient[1])

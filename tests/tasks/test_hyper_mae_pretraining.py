@@ -37,6 +37,22 @@ def test_invalid_pixels_follow_their_patches():
     assert patches.pixels[1, 3, 6, 5] == given["image"][1, 3, 5, 9]
 
 
+def test_what_continues_a_tile_to_whole_patches_does_not_count():
+    task = make()
+    given = batch()
+    given["image"], given["valid"] = given["image"][..., :14, :13], given["valid"][:, :14, :13]
+    patches, valid = task.patches(given)
+    assert patches.pixels.shape[2] == 16
+    for row in range(16):
+        for column in range(16):
+            patch, pixel = row // 4 * 4 + column // 4, row % 4 * 4 + column % 4
+            inside = row < 14 and column < 13
+            assert valid[:, patch, pixel].tolist() == [inside] * 2
+            # the last pixels of rows and columns go on
+            source = given["image"][..., min(row, 13), min(column, 12)]
+            assert torch.equal(patches.pixels[:, :, patch, pixel], source)
+
+
 def test_steps_and_validation_repeat_exactly():
     task = make(channel_sampling=(0.3, 0.9))
     losses = []
