@@ -151,10 +151,11 @@ def test_a_checkpoint_belongs_to_a_run_of_the_same_configuration(tmp_path):
     (tmp_path / "run" / "provenance.json").write_text("{}")
     free = {"data": {"root": "elsewhere", "num_workers": 2}, "trainer": {"epochs": 5}}
     assert runs.resumed_run(configuration(**free)) == tmp_path / "run"
+    runs.note_resumption(configuration(**free), tmp_path / "run")
     # the folder has what the run now is, and remembers what it was
     expected = OmegaConf.merge(configuration(**free), {"ckpt_path": None})
     assert OmegaConf.load(tmp_path / "run" / "config.yaml") == expected
-    runs.resumed_run(configuration(**free, runs_root="moved"))
+    runs.note_resumption(configuration(**free, runs_root="moved"), tmp_path / "run")
     first, second = json.loads((tmp_path / "run" / "provenance.json").read_text())["resumed"]
     assert first["changed"] == {
         "data.num_workers": [0, 2], "data.root": ["data", "elsewhere"], "trainer.epochs": [2, 5],

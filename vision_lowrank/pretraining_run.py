@@ -36,7 +36,15 @@ from vision_lowrank.models.less_vit import assemble
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.plots.reconstructions import save_reconstructions, save_spectra
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_folder, process_rank, resumed_run, start_run, write_csv, write_json
+from vision_lowrank.runs import (
+    atomic_folder,
+    note_resumption,
+    process_rank,
+    resumed_run,
+    start_run,
+    write_csv,
+    write_json,
+)
 from vision_lowrank.tasks.masked_pretraining import HyperMAEPretraining
 
 logger = logging.getLogger(__name__)
@@ -95,6 +103,7 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     if process_rank() > 0:
         return folder, {}
     seconds = time.perf_counter() - started
+    note_resumption(config, folder)
     chosen = best.best_model_path if validated else last.path
     if not (task.history and chosen):
         raise CheckpointError("no epoch was finished, so there are no weights to keep; raise trainer.max_epochs")

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import re
@@ -35,7 +34,6 @@ from vision_lowrank.records import describe
 # there is no asking for it without setting it
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
-logger = logging.getLogger(__name__)
 # rank 0 of a distributed run tells the processes that it starts where to write
 RUN_VARIABLE = "VISION_LOWRANK_RUN"
 # names of `_temporary`
@@ -303,9 +301,7 @@ def open_run(config: DictConfig, precision: str) -> Path:
 
 
 def resumed_run(config: DictConfig) -> Path:
-    """Returns the folder of the run that `config.ckpt_path` is of, which from now on has this configuration.
-
-    What of the old one is gone (epochs, say, which may differ) `provenance.json` keeps under `resumed`.
+    """Returns the folder of the run that `config.ckpt_path` is of.
 
     Raises:
         ConfigError: it lies in no run, or in one with other data, model or training, or whose file is no YAML.
@@ -324,19 +320,27 @@ def resumed_run(config: DictConfig) -> Path:
         raise ConfigError(
             f"ckpt_path={config.ckpt_path}: that run differs in {', '.join(changed)}; give the same options"
         )
-    if process_rank() == 0:
-        _note_resumption(folder, config, {key: [before.get(key), now.get(key)] for key in before.keys() | now.keys()})
     return folder
 
 
-def _note_resumption(folder: Path, config: DictConfig, options: Mapping[str, list[Any]]) -> None:
-    """Writes a resumed run's configuration, and what it changes, before and now, to its provenance."""
-    content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    changes = {key: pair for key, pair in sorted(options.items()) if pair[0] != pair[1] and key != "ckpt_path"}
-    for key, (before, now) in changes.items():
-        logger.info("resumed with %s=%s, which was %s", key, now, before)
+def note_resumption(config: DictConfig, folder: Path) -> None:
+    """Gives a run whose training was resumed the configuration that it ended with; does nothing for others.
+
+    What of the old one is gone (epochs, say, which may differ) `provenance.json` keeps under `resumed`, by name what
+    was and what is. Meant for when the training is done: one that fails leaves the files as they were.
+
+    Args:
+        config: of the resumption.
+        folder: of the run.
+    """
+    if config.ckpt_path is None:
+        return
+    before, now = _flat(_settings_of(folder / "config.yaml")), _flat(_settings(config))
+    options = {key: [before.get(key), now.get(key)] for key in sorted((before.keys() | now.keys()) - {"ckpt_path"})}
     here = provenance("", {})
-    resumption = {name: here[name] for name in ("time", "command", "code", "threads")} | {"changed": changes}
+    resumption = {name: here[name] for name in ("time", "command", "code", "threads")}
+    resumption["changed"] = {key: pair for key, pair in options.items() if pair[0] != pair[1]}
+    content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     write_json(folder / "provenance.json", content | {"resumed": [*content.get("resumed", []), resumption]})
     with atomic_path(folder / "config.yaml") as temporary:
         OmegaConf.save(OmegaConf.merge(config, {"ckpt_path": None}), temporary, resolve=True)

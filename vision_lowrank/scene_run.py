@@ -23,7 +23,7 @@ from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk, read_walk
 from vision_lowrank.reporting import save_scene_pictures
-from vision_lowrank.runs import atomic_path, process_rank, resumed_run, start_run
+from vision_lowrank.runs import atomic_path, note_resumption, process_rank, resumed_run, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     else:
         name = f"{config.model._target_.rpartition('.')[2]} {config.regime}"
         predictions, facts = fit_network(config, data, folder, resumed, precision)
+        if process_rank() == 0:
+            note_resumption(config, folder)
     facts |= {"seconds": time.perf_counter() - begun}
     rows: list[RunResult] = []
     # the run's own folder last: its scores mark it as finished

@@ -18,7 +18,15 @@ from vision_lowrank.models.saved import load_saved
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
 from vision_lowrank.plots.confusion import save_confusion
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_folder, process_rank, resumed_run, start_run, write_csv, write_json
+from vision_lowrank.runs import (
+    atomic_folder,
+    note_resumption,
+    process_rank,
+    resumed_run,
+    start_run,
+    write_csv,
+    write_json,
+)
 from vision_lowrank.tasks.sprite_classification import SpriteClassification
 
 logger = logging.getLogger(__name__)
@@ -54,6 +62,7 @@ def run_classifier(config: DictConfig) -> Path:
     if process_rank() > 0:
         return folder
     seconds = time.perf_counter() - started
+    note_resumption(config, folder)
     task.load_state_dict(read_checkpoint(best.best_model_path, "sprites")["state_dict"])
     model = task.model.cpu().eval()
     with atomic_folder(folder / "model") as temporary:

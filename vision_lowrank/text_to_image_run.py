@@ -36,7 +36,16 @@ from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.records import make_record
-from vision_lowrank.runs import atomic_folder, atomic_path, process_rank, resumed_run, start_run, write_csv, write_json
+from vision_lowrank.runs import (
+    atomic_folder,
+    atomic_path,
+    note_resumption,
+    process_rank,
+    resumed_run,
+    start_run,
+    write_csv,
+    write_json,
+)
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
 
@@ -152,6 +161,7 @@ def run_text_to_image(config: DictConfig) -> Path:
     seconds = _fit(config, samples, task, data, folder, precision)
     if process_rank() > 0:
         return folder
+    note_resumption(config, folder)
     result = task.averaged_pipeline()
     asked = {name: with_article(name) for name in BASE}
     if concept is not None:
