@@ -477,13 +477,15 @@ def test_units_of_wavelengths(tmp_path, caplog, unit, values, expected):
     with rasterio.open(tmp_path / "a.tif", "w", "GTiff", **profile) as file:
         file.write(np.ones((2, 2, 2), np.float32))
         for band, value in enumerate(values, 1):
-            file.update_tags(band, wavelength=str(value), wavelength_units=unit)
+            file.update_tags(band, wavelength=str(value), wavelength_units=unit, fwhm=str(value / 50))
     bands = read_geotiff([tmp_path / "a.tif"], CUBE.shape).bands
     if expected is None:
         assert bands is None
         assert f"wavelengths in {unit!r} are no lengths known here" in caplog.text
     else:
         assert bands.wavelengths == pytest.approx(expected)
+        # widths are in the same unit
+        assert bands.widths == pytest.approx([9, 11])
 
 
 @pytest.mark.parametrize(

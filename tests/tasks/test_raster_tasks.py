@@ -307,6 +307,8 @@ def test_adapters_change_nothing_but_themselves_and_the_head(fit, tmp_path):
     assert fitted.trainable_parameters == 2 * (16 + 12) + 2 * (16 + 48) + 13 * CLASSES
     trained = {name.replace(".base", ""): value for name, value in fit.encoders[1].state_dict().items()}
     assert all(torch.equal(trained[name], value) for name, value in fit.initial[1].items())
+    # alpha is twice the rank
+    assert [part.scaling for part in fit.encoders[1].modules() if hasattr(part, "scaling")] == [2, 2]
     adapters = {name: value for name, value in trained.items() if "adapters" in name and value.ndim > 1}
     assert len(adapters) == 4
     assert all(value.any() for value in adapters.values())
