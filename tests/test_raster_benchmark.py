@@ -114,14 +114,14 @@ def test_all_protocols_are_measured_and_a_run_resumes(configure, card, capsys):
         with np.load(path) as file:
             content = dict(file)
         assert 0 < content["seconds"] < max(row.seconds for row in rows)
-        np.savez(path, **{**content, "seconds": 1000.0})
+        np.savez(path, **{**content, "seconds": 1e6})
     run_raster_benchmark(configure(f"resume={folder}"))
     again = read_rows(folder / "results.csv")
     assert {row.key: row.value for row in again} == {row.key: row.value for row in rows}
     # features that were kept count with the seconds that they took, of training and of test samples
     (repeated,) = [row for row in again if row.key == rows[1].key]
-    assert 2000 < repeated.seconds < 2100
-    assert rows[1].seconds < 100
+    assert rows[1].seconds < 1e6
+    assert 2e6 < repeated.seconds < 3e6
     table = (folder / "table.md").read_text()
 
     capsys.readouterr()

@@ -312,6 +312,9 @@ def test_an_encoder_alone_is_a_base_if_its_settings_match(configure_windows, tmp
     assert result.facts["transductive"]
 
     # dropout is the fine-tuning's own matter
+    # and its head is of no use
+    encoder.reset_classifier(7)
+    encoder.save_pretrained(tmp_path / "run" / "encoder")
     base = f"base={tmp_path / 'run' / 'encoder'}"
     train(configure_windows("trainer.max_epochs=1", "regime=probe", base, "+model.encoder.drop_rate=0.5"))
     own = LessSegmentation.from_pretrained(run_folder(config) / "model").encoder

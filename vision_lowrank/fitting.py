@@ -34,7 +34,7 @@ from vision_lowrank.inference import predict_probabilities
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.loss_watch import LossWatch
 from vision_lowrank.models.heads import LessSegmentation
-from vision_lowrank.models.less_vit import LessViT
+from vision_lowrank.models.less_vit import FREE_SETTINGS, LessViT
 from vision_lowrank.models.lola_specvit import LolaSpecViT
 from vision_lowrank.models.saved import load_saved
 from vision_lowrank.pixel_predictor import PixelPredictor
@@ -330,7 +330,7 @@ def _was_transductive(run: Path) -> bool:
 def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     """Returns the base in `folder` after comparing it with the configuration.
 
-    An encoder by itself gets the configuration's dropout rates.
+    An encoder by itself gets the configuration's dropout rates, and loses its head.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -351,16 +351,18 @@ def load_base(config: DictConfig, data: SceneDataModule, folder: Path) -> Any:
     if isinstance(model, LessSegmentation):
         encoder = base.encoder if isinstance(base, LessSegmentation) else base
         found = encoder.settings
-        # no weights hang on these, so an encoder by itself can have others here than where it was pretrained
-        free = () if base is not encoder else ("drop_rate", "attn_drop_rate", "drop_path_rate", "init_values")
-        needs = {name: need for name, need in model.encoder.settings.items() if name not in free}
-        others = {name: need for name, need in needs.items() if found[name] != need}
+        # an encoder by itself can have others here than where it was pretrained
+        free = FREE_SETTINGS if base is encoder else ()
+        needed = model.encoder.settings.items()
+        others = {name: need for name, need in needed if name not in free and found[name] != need}
         if others:
             told = ", ".join(f"{name} is {found[name]}, model.encoder has {need}" for name, need in others.items())
             remedy = " ".join(f"++model.encoder.{name}={json.dumps(found[name])}" for name in others)
             raise ConfigError(f"base {folder}: {told}; add {remedy}")
         if base is not encoder:
             return base
+        for part in (encoder, model.encoder):
+            part.reset_classifier(0)
         model.encoder.load_state_dict(encoder.state_dict())
         return model
     for setting in ("in_chans", "img_size"):

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models.heads import quarters
-from vision_lowrank.models.less_vit import LessViT
+from vision_lowrank.models.less_vit import FREE_SETTINGS, LessViT
 from vision_lowrank.models.saved import load_saved
 
 # (width, depth, heads) of the LESS ViTs that have names
 _SIZES = {(192, 12, 3): "less_vit_tiny", (384, 12, 6): "less_vit_small", (768, 12, 12): "less_vit_base"}
-# settings of a LESS ViT that another model's weights do not depend on
-_FREE = {"num_classes", "global_pool", "init_values", "drop_rate", "attn_drop_rate", "drop_path_rate"}
 
 
 class Encoder(Protocol):
@@ -200,7 +198,7 @@ def _read_less(weights: str, model: LessViT | None) -> LessViT:
         return loaded
     model.reset_classifier(0)
     found, needed = loaded.settings, model.settings
-    if wrong := [key for key in needed if key not in _FREE and found[key] != needed[key]]:
+    if wrong := [key for key in needed if key not in FREE_SETTINGS and found[key] != needed[key]]:
         raise CheckpointError(
             f"weights {weights}: of another architecture: {', '.join(f'{key}={found[key]}' for key in wrong)}, not "
             f"{', '.join(str(needed[key]) for key in wrong)}; set these, or model to null"

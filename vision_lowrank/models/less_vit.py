@@ -57,6 +57,12 @@ class Patches:
     columns: int
 
 
+# settings that an encoder's weights do not depend on
+FREE_SETTINGS = frozenset(
+    {"num_classes", "global_pool", "init_values", "drop_rate", "attn_drop_rate", "drop_path_rate"}
+)
+
+
 def assemble(pixels: Tensor, rows: int) -> Tensor:
     """Puts patches (B, C, N, p p) together to images (B, C, H, W)."""
     size = round(pixels.shape[-1] ** 0.5)
