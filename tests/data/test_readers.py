@@ -113,6 +113,13 @@ def test_envi_layouts(tmp_path, interleave, order, offset):
     assert raster.georeference.transform == pytest.approx((30, 0, 366000, 0, -30, 5810000))
 
 
+def test_what_an_envi_header_quotes_is_none_of_its_fields(tmp_path):
+    write_envi(tmp_path / "a.hdr")
+    with (tmp_path / "a.hdr").open("a") as file:
+        file.write("history = {\n bands = 99\n lines = 1\n header offset = 8\n}\n")
+    assert np.array_equal(read(tmp_path / "a.hdr").values, np.moveaxis(CUBE, -1, 0))
+
+
 def test_bands_that_an_envi_header_calls_bad(tmp_path):
     write_envi(tmp_path / "a.hdr")
     assert read(tmp_path / "a.hdr").bad_bands == ()
@@ -192,6 +199,13 @@ def test_micrometres_without_unit_are_refused(tmp_path):
 def test_axes_say_how_an_array_lies(tmp_path, axes, array):
     np.save(tmp_path / "a.npy", array)
     assert np.array_equal(read(tmp_path / "a.npy", axes=axes).values, np.moveaxis(CUBE, -1, 0))
+
+
+def test_an_array_of_composed_axes_is_found_by_their_number(tmp_path):
+    table = CUBE.transpose(2, 1, 0).reshape(CHANNELS, -1)
+    scipy.io.savemat(tmp_path / "a.mat", {"library": np.zeros((CHANNELS, 2, 3)), "table": table})
+    found = read(tmp_path / "a.mat", axes="channels (width height)").values
+    assert np.array_equal(found, np.moveaxis(CUBE, -1, 0))
 
 
 def test_tiles_are_put_together_by_place_whatever_their_order(tmp_path):

@@ -1,5 +1,6 @@
 """Arrays without a place on the ground: .npy, .npz and MATLAB files."""
 
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -110,7 +111,8 @@ def _choose(path: Path, key: str | None, shapes: dict[str, tuple[int, ...]], axe
         return key
     if len(shapes) == 1:
         return next(iter(shapes))
-    for rank in (3, 2) if axes is None else (len(axes.split()),):
+    # axes in brackets are one of the array
+    for rank in (3, 2) if axes is None else (len(re.sub(r"\(.*?\)", "composed", axes).split()),):
         candidates = [name for name, shape in shapes.items() if len(shape) == rank and min(shape) > 1]
         if len(candidates) == 1:
             return candidates[0]

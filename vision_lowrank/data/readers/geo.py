@@ -165,7 +165,9 @@ def _envi_header(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="latin-1")
     if not text.lstrip().startswith("ENVI"):
         raise DataError(f"{path}: no ENVI header, its first line is not 'ENVI'; fetch or copy it again")
-    pairs = re.findall(r"^[ \t]*([^={}\n]+?)[ \t]*=[ \t]*([^{}\n]*?)[ \t]*$", text, flags=re.MULTILINE)
+    # what a field in braces quotes, such as the header of an older file, is none of this one's
+    plain = re.sub(r"\{[^}]*\}", "{}", text)
+    pairs = re.findall(r"^[ \t]*([^={}\n]+?)[ \t]*=[ \t]*([^{}\n]*?)[ \t]*$", plain, flags=re.MULTILINE)
     return {name.lower(): value for name, value in pairs}
 
 
