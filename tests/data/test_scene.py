@@ -29,6 +29,22 @@ def test_hashes_are_those_of_the_files(tiny, tmp_path):
     assert set(scene.hashes) == {"image.npy", "labels.npy"}
 
 
+def test_a_header_stands_for_its_binary(tiny, tmp_path):
+    tiny.write()
+    tiny.image.tofile(tmp_path / "image.bip")
+    (tmp_path / "image.hdr").write_text(
+        "ENVI\nsamples = 20\nlines = 24\nbands = 6\ndata type = 4\ninterleave = bip\nbyte order = 0\n"
+    )
+    # headers that are only fetched may be of anything
+    (tmp_path / "other.hdr").write_text("no ENVI")
+    tiny.card["files"] |= {"image": ["image.hdr"], "extra": ["other.hdr"]}
+    scene = open_scene(tiny.write(), tmp_path)
+    assert scene.hashes == {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("image.hdr", "image.bip", "labels.npy", "other.hdr")
+    }
+
+
 def test_values_that_are_missing_are_masked_and_counted(tiny, tmp_path, caplog):
     tiny.labels[:] = 1
     tiny.image[2, 3, 1] = np.nan

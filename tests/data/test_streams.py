@@ -51,6 +51,15 @@ def test_windows_with_margins_are_cut_from_the_mirrored_scene(image, write, marg
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("given", ["scene.hdr", "scene.dat"])
+def test_an_envi_scene_is_read_from_two_files(given, image, tmp_path):
+    profile = {"driver": "ENVI", "height": HEIGHT, "width": WIDTH, "count": CHANNELS, "dtype": "float32"}
+    with rasterio.open(tmp_path / "scene.dat", "w", **profile) as file:
+        file.write(image)
+    # a changed header is another scene, so a prediction does not go on with it
+    assert open_stream(tmp_path / given, "data").files == (tmp_path / "scene.hdr", tmp_path / "scene.dat")
+
+
 def test_windows_are_as_wide_as_the_budget_allows(monkeypatch):
     monkeypatch.setattr(streams, "WINDOW_BYTES", 4 * 10 * (64 + 12) * (200 + 12))
     windows = plan_windows(130, 500, 10, 64, 6)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.cards import DatasetCard, FileEntry, load_card
 from vision_lowrank.data.readers import Georeference, Raster, read_raster
-from vision_lowrank.data.readers.geo import pixel_size
+from vision_lowrank.data.readers.geo import check_envi, pixel_size
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ def open_scene(card: DatasetCard | str | Path, root: str | Path) -> Scene:
         # tiles of image and labels often share their names, so the folder belongs to the key
         next(path.relative_to(folder) for folder in folders if path.is_relative_to(folder)).as_posix(): digest
         for entry in card.files.all()
-        for path in card.find(entry, root)
-        for digest in [check_file(path, entry)]
+        for path, digest in _digests(card, entry, root)
     }
     raster = read_role(card, card.files.image, root)
     _check_image(card, raster)
@@ -105,6 +105,15 @@ def open_scene(card: DatasetCard | str | Path, root: str | Path) -> Scene:
         hashes=hashes,
         dropped_bands=tuple(np.setdiff1d(np.arange(card.shape.channels), kept).tolist()),
     )
+
+
+def _digests(card: DatasetCard, entry: FileEntry, root: str | Path) -> Iterator[tuple[Path, str]]:
+    """Yields the files of an entry with their sha256; with the header of an ENVI raster the binary that it is of."""
+    for path in card.find(entry, root):
+        yield path, check_file(path, entry)
+        if path.suffix.lower() == ".hdr" and entry not in card.files.extra:
+            binary = check_envi(path)[1]
+            yield binary, check_file(binary, FileEntry(entry.path))
 
 
 def check_file(path: Path, entry: FileEntry) -> str:

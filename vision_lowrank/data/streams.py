@@ -212,8 +212,10 @@ def _mirrored(start: int, stop: int, length: int) -> np.ndarray:
 def _open_file(path: Path) -> SceneStream:
     if not path.is_file():
         raise DataError(f"{path}: not found; give a GeoTIFF or ENVI file, or the name of a dataset card")
+    files: tuple[Path, ...] = (path,)
     if path.suffix.lower() in ENVI:
-        _, path, _ = check_envi(path)
+        files = check_envi(path)[:2]
+        path = files[1]
 
     def read(channels: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
         place = RasterWindow(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
@@ -242,7 +244,7 @@ def _open_file(path: Path) -> SceneStream:
                     gsd=None if place is None else pixel_size(place),
                     georeference=place,
                     nodata=file.nodata,
-                    files=(path,),
+                    files=files,
                     reader=read,
                 )
     except RasterioError as error:
