@@ -27,6 +27,9 @@ def test_hashes_are_those_of_the_files(tiny, tmp_path):
     scene = open_scene(tiny.write(), tmp_path)
     assert scene.hashes["image.npy"] == hashlib.sha256((tmp_path / "image.npy").read_bytes()).hexdigest()
     assert set(scene.hashes) == {"image.npy", "labels.npy"}
+    # some programs print it in capitals
+    tiny.card["files"]["image"] = [{"path": "image.npy", "sha256": scene.hashes["image.npy"].upper()}]
+    assert open_scene(tiny.write(), tmp_path).hashes == scene.hashes
 
 
 def test_a_header_stands_for_its_binary(tiny, tmp_path):

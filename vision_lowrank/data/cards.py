@@ -5,6 +5,7 @@ a user's own. Fields and their meaning: `datasets/README.md`.
 """
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,27 +88,39 @@ class BandsEntry:
         """Returns the bands that the card itself states, None where it leaves them to the file.
 
         Raises:
-            DataError: they are incomplete or no nanometres.
+            DataError: they are incomplete, contradict each other or are no nanometres.
         """
+        spacing = (self.start, self.stop, self.count)
+        if self.widths is not None and self.wavelengths is None:
+            raise DataError(f"{where}: bands.widths go with bands.wavelengths; list these too, or leave the widths out")
+        if self.excluded and (self.count is None or self.wavelengths is not None):
+            raise DataError(
+                f"{where}: bands.excluded are those of `start`, `stop` and `count` that the file lacks; leave it out: "
+                "listed wavelengths are one for each band of the file, useful or not"
+            )
         if self.wavelengths is not None:
             widths = None if self.widths is None else np.asarray(self.widths, dtype=np.float32)
             return Bands(check_wavelengths(self.wavelengths, f"{where}: bands.wavelengths"), widths)
-        spacing = (self.start, self.stop, self.count)
         if self.start is not None and self.stop is not None and self.count is not None:
+            if self.count < 1:
+                raise DataError(f"{where}: bands.count is {self.count}; give the number of evenly spaced bands")
             grid = np.linspace(self.start, self.stop, self.count)
-            keep = np.setdiff1d(np.arange(self.count), self._excluded(where))
+            keep = np.setdiff1d(np.arange(self.count), self._excluded(where, self.count))
             return Bands(check_wavelengths(grid[keep], f"{where}: bands.start/stop"))
         if any(value is not None for value in spacing) or not self.from_file:
             raise DataError(f"{where}: bands need `wavelengths`, or `start`, `stop` and `count`, or `from_file: true`")
         return None
 
-    def _excluded(self, where: str) -> list[int]:
+    def _excluded(self, where: str, count: int) -> list[int]:
         indices: list[int] = []
         for item in self.excluded:
             first, _, last = str(item).partition("-")
             if not first.isdigit() or not (last or first).isdigit():
                 raise DataError(f"{where}: bands.excluded has {item!r}; give an index or a range such as 103-107")
-            indices.extend(range(int(first), int(last or first) + 1))
+            found = range(int(first), int(last or first) + 1)
+            if not found or found[-1] >= count:
+                raise DataError(f"{where}: bands.excluded has {item!r}; indices go up, from 0 to {count - 1}")
+            indices.extend(found)
         return indices
 
 
@@ -212,7 +225,9 @@ def _check(card: DatasetCard, where: str) -> None:
         raise DataError(f"{where}: {len(bands)} wavelengths for {card.shape.channels} shape.channels; give one each")
     if not re.fullmatch(r"\w[\w.-]*", card.name):
         raise DataError(f"{where}: name {card.name!r} is also a folder's; use letters, digits, '_', '-' and '.' only")
-    if card.gsd <= 0:
+    if not card.files.image:
+        raise DataError(f"{where}: files.image is empty; list the file, or the tiles, of the image")
+    if not 0 < card.gsd < math.inf:
         raise DataError(f"{where}: gsd is {card.gsd}; give the pixel size in metres")
     for entry in card.classes:
         if not re.fullmatch("#[0-9a-fA-F]{6}", entry.colour):

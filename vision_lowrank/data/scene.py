@@ -127,7 +127,7 @@ def check_file(path: Path, entry: FileEntry) -> str:
         raise DataError(f"{path}: {size} bytes, the card says {entry.size}; delete the file and fetch it again")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if entry.sha256 is not None and digest != entry.sha256:
+    if entry.sha256 is not None and digest != entry.sha256.lower():
         raise DataError(f"{path}: sha256 {digest}, the card says {entry.sha256}; delete the file and fetch it again")
     return digest
 
