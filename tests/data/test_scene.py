@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import rasterio
 import yaml
+from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from tensorly.datasets import load_indian_pines
 
@@ -183,6 +184,38 @@ def test_a_label_map_must_lie_where_the_image_lies(tiny, tmp_path, columns, scal
     else:
         with pytest.raises(DataError, match=r"labels\.tif: lies at .*, the image at \(2\.0, .*; take the map that"):
             open_scene(card, tmp_path)
+
+
+@pytest.mark.parametrize(("crs", "told"), [("EPSG:32632", True), (CRS.from_epsg(32633).to_wkt(), False)])
+def test_a_label_map_in_another_crs_is_warned_of(tiny, tmp_path, caplog, crs, told):
+    tiny.card["files"] = {"image": ["image.tif"], "labels": ["labels.tif"]}
+    for name, values, system in (
+        ("image", np.moveaxis(tiny.image, -1, 0), "EPSG:32633"),
+        ("labels", tiny.labels[None], crs),
+    ):
+        count, height, width = values.shape
+        profile = {"driver": "GTiff", "dtype": values.dtype, "crs": system, "transform": from_origin(5000, 9000, 2, 2)}
+        with rasterio.open(tmp_path / f"{name}.tif", "w", count=count, height=height, width=width, **profile) as file:
+            file.write(values)
+    open_scene(tiny.write(), tmp_path)
+    assert told == ("labels.tif: has the crs EPSG:32632, the image EPSG:32633; taken to be the same" in caplog.text)
+
+
+@pytest.mark.filterwarnings("error:overflow")
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_nodata_that_only_float64_holds(tiny, tmp_path, tiles):
+    tiny.card["files"]["image"] = ["image*.tif"]
+    values = np.moveaxis(tiny.image, -1, 0).astype(np.float64)
+    nodata = np.finfo(np.float64).min
+    values[2, 5, 6] = values[3, 15, 1] = nodata
+    count, height, width = values.shape
+    rows = height // tiles
+    for start in range(0, height, rows):
+        profile = {"driver": "GTiff", "dtype": "float64", "nodata": nodata, "crs": "EPSG:32633"}
+        profile |= {"transform": from_origin(5000, 9000 - 2 * start, 2, 2), "count": count}
+        with rasterio.open(tmp_path / f"image{start}.tif", "w", height=rows, width=width, **profile) as file:
+            file.write(values[:, start : start + rows])
+    assert np.argwhere(~open_scene(tiny.write(), tmp_path).valid).tolist() == [[5, 6], [15, 1]]
 
 
 def test_nominal_wavelengths_step_in_where_the_file_has_none(tiny, tmp_path, caplog):

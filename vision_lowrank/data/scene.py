@@ -12,7 +12,8 @@ import numpy as np
 from vision_lowrank.data.bands import Bands
 from vision_lowrank.data.cards import DatasetCard, FileEntry, load_card
 from vision_lowrank.data.readers import Georeference, Raster, read_raster
-from vision_lowrank.data.readers.geo import check_envi, pixel_size
+from vision_lowrank.data.readers.geo import check_envi, pixel_size, same_crs
+from vision_lowrank.data.readers.raster import has_values
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -223,6 +224,9 @@ def _check_image(card: DatasetCard, raster: Raster) -> None:
 
 
 def _check_place(card: DatasetCard, where: str, found: Georeference, image: Georeference) -> None:
+    if not same_crs(found, image):
+        # two texts for the same system may not be known as such, so that this is no error
+        logger.warning("%s: has the crs %s, the image %s; taken to be the same", where, found.crs, image.crs)
     extent = np.array([card.shape.width, card.shape.height, 1] * 2)
     drift = np.abs(np.subtract(found.transform, image.transform)) * extent
     # programs that take a pixel's centre for its corner are half a pixel off; a whole one would shift every label
@@ -260,7 +264,7 @@ def _mask(image: np.ndarray, nodata: float | None, bad: tuple[int, ...], name: s
     some, valid = [], np.ones(image.shape[1:], dtype=bool)
     given_up = []
     for index, band in enumerate(image):
-        present = _present(band, nodata)
+        present = has_values(band, nodata)
         if present.any() and index in bad:
             given_up.append(index)
         elif present.any():
@@ -283,8 +287,3 @@ def _mask(image: np.ndarray, nodata: float | None, bad: tuple[int, ...], name: s
         if not everywhere:
             image[target][~valid] = 0
     return np.asarray(kept), valid
-
-
-def _present(band: np.ndarray, nodata: float | None) -> np.ndarray:
-    present = np.isfinite(band)
-    return present if nodata is None else present & (band != np.float32(nodata))

@@ -27,6 +27,7 @@ from vision_lowrank.data.readers.geo import (
     pixel_size,
     read_bands,
 )
+from vision_lowrank.data.readers.raster import has_values
 from vision_lowrank.data.scene import read_role
 from vision_lowrank.errors import DataError
 
@@ -89,9 +90,7 @@ class SceneStream:
         values = self.reader(channels, rows, columns)
         valid = np.ones(values.shape[1:], dtype=bool)
         for band in values:
-            valid &= np.isfinite(band)
-            if self.nodata is not None:
-                valid &= band != np.float32(self.nodata)
+            valid &= has_values(band, self.nodata)
         return values, valid
 
     def channels_like(self, bands: Bands, kept: np.ndarray, total: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from vision_lowrank.data.bands import Bands, check_wavelengths
-from vision_lowrank.data.readers.raster import CardShape, Georeference, Raster, check_size
+from vision_lowrank.data.readers.raster import CardShape, Georeference, Raster, check_size, has_values
 from vision_lowrank.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -234,6 +234,11 @@ def pixel_size(place: Georeference) -> float | None:
     return math.hypot(place.transform[0], place.transform[3]) * float(crs.linear_units_factor[1])
 
 
+def same_crs(one: Georeference, other: Georeference) -> bool:
+    """Tells whether two places are given in the same coordinate reference system, however each writes it."""
+    return bool(CRS.from_user_input(one.crs) == CRS.from_user_input(other.crs))
+
+
 def _crs_text(file: DatasetReader) -> str:
     code = file.crs.to_epsg()
     # a likely match may be another one, without the file's shift of the datum
@@ -265,9 +270,7 @@ def _put_together(
         target = values[:, start - top : stop - top, column - left : end - left]
         with open_raster(path) as tile:
             part = blank_masked(tile, tile.read(out_dtype="float32"))
-            if tile.nodata is not None:
-                part[part == np.float32(tile.nodata)] = np.nan
-            np.copyto(target, part, where=np.isnan(target))
+            np.copyto(target, part, where=np.isnan(target) & has_values(part, tile.nodata))
     corner = first.transform @ (left, top)
     transform = (first.transform.a, 0.0, corner[0], 0.0, first.transform.e, corner[1])
     return values, Georeference(_crs_text(first), transform), first.nodata if len(nodata) == 1 else None

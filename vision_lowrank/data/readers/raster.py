@@ -49,6 +49,16 @@ class Raster:
     bad_bands: tuple[int, ...] = ()
 
 
+def has_values(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Returns where float32 `values` are neither NaN nor infinite nor nodata, bool of their shape."""
+    present: np.ndarray = np.isfinite(values)
+    if nodata is None:
+        return present
+    # what only float64 holds is infinite in float32, like the values that it stands for
+    with np.errstate(over="ignore"):
+        return present & (values != np.float32(nodata))
+
+
 def check_size(shape: tuple[int, ...], expected: CardShape, source: str) -> None:
     """Refuses an array that is not read yet and is far larger than the card says; compressed, it may be a small file.
 
