@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -426,6 +427,7 @@ def test_files_that_cannot_be_read_are_named_before_work_starts(pixel_run, scene
         file.write(values)
     with pytest.raises(DataError, match="2 x 2 pixels, but the model sees 2 pixels around each"):
         predict(pixel_run, tmp_path / "tiny.tif", tmp_path / "tiny_map.tif")
+    assert not list(tmp_path.glob(".*.parts"))
 
 
 def test_incomplete_runs_are_refused(pixel_run, scene, tmp_path):
@@ -438,7 +440,7 @@ def test_incomplete_runs_are_refused(pixel_run, scene, tmp_path):
         return folder
 
     source = write_raster(scene, tmp_path / "scene.tif")
-    for name in ("config.yaml", "preprocessing.safetensors", "model/model.safetensors"):
+    for name in ("config.yaml", "preprocessing.safetensors", "model/model.safetensors", "metrics.json"):
         with pytest.raises(CheckpointError, match=f"no {name} there; give the folder of a finished run"):
             predict(missing(name), source, tmp_path / "map.tif")
     folder = missing()
@@ -451,9 +453,27 @@ def test_incomplete_runs_are_refused(pixel_run, scene, tmp_path):
     with pytest.raises(CheckpointError, match=r"preprocessing.safetensors is damaged .*'gain' is missing"):
         predict(folder, source, tmp_path / "map.tif")
     folder = missing()
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"metrics.json is not that of a run on a scene"):
+        predict(folder, source, tmp_path / "map.tif")
+    folder = missing()
     (folder / "config.yaml").write_text("data: {card: x}")
     with pytest.raises(CheckpointError, match=r"config.yaml is not that of a run on a scene"):
         predict(folder, source, tmp_path / "map.tif")
+
+
+def test_classes_that_the_card_had_not_in_training_are_refused(pixel_run, scene, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pixel_run, folder)
+    card = yaml.safe_load((scene / "stripes.yaml").read_text())
+    # the same pixels under the same values, listed the other way round
+    card["classes"] = [entry | {"value": value} for value, entry in enumerate(card["classes"], 1)][::-1]
+    (tmp_path / "stripes.yaml").write_text(yaml.safe_dump(card))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(scene / "stripes.yaml"), str(tmp_path / "stripes.yaml")))
+    message = "classes class 2, class 1, class 0 now, in training it had class 0, class 1, class 2; put back"
+    with pytest.raises(CheckpointError, match=message):
+        predict(folder, write_raster(scene, tmp_path / "scene.tif"), tmp_path / "map.tif")
 
 
 @pytest.mark.parametrize(

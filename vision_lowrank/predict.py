@@ -69,6 +69,7 @@ def predict(config: DictConfig) -> list[Path]:
     precision = choose_precision(config.precision, "gpu" if device.startswith("cuda") else device)
     gsd = run.card.gsd if stream.gsd is None else stream.gsd
     predictor = make_predictor(run, config.what, gsd, precision, device)
+    stream.check_margin(predictor.margin)
     step = TIFF_STEP * predictor.scale
     side = step * -(-SIDE // step)
     windows = plan_windows(stream.height, stream.width, len(channels), side, predictor.margin)

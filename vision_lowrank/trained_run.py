@@ -26,7 +26,7 @@ from vision_lowrank.models.heads import LessSegmentation
 from vision_lowrank.models.saved import load_saved
 from vision_lowrank.tasks.adapter_training import PeftAdapter
 
-NEEDED = ("config.yaml", "preprocessing.safetensors", "model/config.json", "model/model.safetensors")
+WEIGHTS = ("preprocessing.safetensors", "model/config.json", "model/model.safetensors")
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 # what a configuration calls a method of peft
 PEFT_ADAPTER = f"{PeftAdapter.__module__}.{PeftAdapter.__name__}"
@@ -68,7 +68,7 @@ def load_run(folder: str | Path) -> TrainedRun:
         DataError: its card is missing or no longer that of training.
     """
     folder = Path(folder)
-    _require(folder, NEEDED)
+    _require(folder, ("config.yaml", *WEIGHTS, "metrics.json"))
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         data, regime, inputs = config["data"], config["regime"], config["task"].get("inputs", ["image"])
@@ -88,8 +88,9 @@ def load_run(folder: str | Path) -> TrainedRun:
             f"weights {folder}: preprocessing.safetensors is damaged ({error}); train anew"
         ) from error
     opened = load_card(card)
+    _check_classes(opened, folder)
     bands, kept = _bands(opened, root, len(preprocessor.mean), folder)
-    files = [folder / name for name in (*NEEDED[1:], *(ADAPTER if regime == "adapt" else ()))]
+    files = [folder / name for name in (*WEIGHTS, *(ADAPTER if regime == "adapt" else ()))]
     digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
     return TrainedRun(model, preprocessor, opened, bands, kept, data, tuple(inputs), digest)
 
@@ -123,6 +124,23 @@ def _load_model(folder: Path, adapted: bool, by_peft: bool) -> LolaSpecViT | Les
     model.eval()
     loaded: LolaSpecViT | LessSegmentation = model
     return loaded
+
+
+def _check_classes(card: DatasetCard, folder: Path) -> None:
+    """Refuses a card that now calls the classes of training otherwise: the model knows them by their number alone."""
+    try:
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        trained = [entry["name"] for entry in content["scores"]["train"]["classes"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"weights {folder}: metrics.json is not that of a run on a scene ({error!r}); give a folder of train.py"
+        ) from error
+    named = [entry.name for entry in card.classes]
+    if named != trained:
+        raise CheckpointError(
+            f"weights {folder}: its card {card.name} has the classes {', '.join(named)} now, in training it had "
+            f"{', '.join(trained)}; put back the card of training"
+        )
 
 
 def _bands(card: DatasetCard, root: str, channels: int, folder: Path) -> tuple[Bands, np.ndarray]:

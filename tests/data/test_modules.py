@@ -243,6 +243,11 @@ def test_published_pixels_without_values_are_left_out(tiny, make, published, cap
         ({**RANDOM, "trian": 0.2}, "split of kind random: got an unexpected keyword argument 'trian'"),
         ({"kind": "random"}, "split of kind random: missing 2 required positional arguments: 'train' and 'validation'"),
         ({**BLOCKS, "guards": 4}, "split of kind blocks: got an unexpected keyword argument 'guards'"),
+        ({**BLOCKS, "block_size": 16.5}, "split of kind blocks: block_size=16.5 is not a whole number; correct it"),
+        ({**BLOCKS, "guard": "wide"}, "split of kind blocks: guard='wide' is not a whole number"),
+        ({**RANDOM, "train": True}, "split of kind random: train=True is not a number or a whole number"),
+        ({**RANDOM, "seed": None}, "split of kind random: seed=None is not a whole number"),
+        ({**RANDOM, "seed": -1}, "split.seed is -1; give at least 0"),
         ({"kind": "from_file", "validation": 0.1}, "split of kind from_file: give `published` or `train_file`"),
         (
             {"kind": "from_file", "validation": 0.1, "published": "row"},

@@ -1,7 +1,7 @@
 """Lightning data modules: from a dataset card to batches."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from vision_lowrank.argument_types import check_least
+from vision_lowrank.argument_types import check_least, wrong_argument
 from vision_lowrank.data.cards import DatasetCard, FileEntry, PublishedSplit, load_card
 from vision_lowrank.data.download import fetch
 from vision_lowrank.data.patches import EpochShuffle, PatchDataset, allocate_cube, collate_batch, reflect_border
@@ -230,22 +230,31 @@ def make_split(
     """
     arguments = {"seed": seed, **options}
     kind = arguments.pop("kind", None)
+    functions: dict[Any, Callable[..., Split]] = {
+        "random": random_split,
+        "blocks": block_split,
+        "from_file": _published_split,
+    }
+    if kind not in functions:
+        raise ConfigError(f"split.kind is {kind!r}; it can be random, blocks or from_file")
+    if kind == "blocks" and arguments.get("guard") is None:
+        arguments["guard"] = patch_size - 1
+    if problem := wrong_argument(functions[kind], arguments):
+        raise ConfigError(f"split of kind {kind}: {problem}; correct it")
+    check_least(0, **{"split.seed": arguments["seed"]})
     try:
         if kind == "random":
-            names = [entry.name for entry in card.classes]
-            return random_split(labels, len(card.classes), **arguments, names=names)
+            return random_split(labels, len(card.classes), **arguments, names=[entry.name for entry in card.classes])
         if kind == "blocks":
-            guard = arguments.pop("guard", None)
-            guard = patch_size - 1 if guard is None else guard
-            if guard < patch_size - 1:
-                raise ConfigError(f"split.guard is {guard}; patches of {patch_size} need {patch_size - 1} or more")
-            return block_split(labels, len(card.classes), guard, **arguments)
-        if kind == "from_file":
-            return _published_split(labels, valid, card, root, **arguments)
+            if arguments["guard"] < patch_size - 1:
+                raise ConfigError(
+                    f"split.guard is {arguments['guard']}; patches of {patch_size} need {patch_size - 1} or more"
+                )
+            return block_split(labels, len(card.classes), **arguments)
+        return _published_split(labels, valid, card, root, **arguments)
     except TypeError as error:
-        problem = str(error).partition("() ")[2] or error
+        problem = str(error).partition("() ")[2] or str(error)
         raise ConfigError(f"split of kind {kind}: {problem}; correct its options") from error
-    raise ConfigError(f"split.kind is {kind!r}; it can be random, blocks or from_file")
 
 
 def _published_split(

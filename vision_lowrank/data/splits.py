@@ -211,8 +211,11 @@ def block_split(
     Raises:
         SplitError: no drawn layout has these counts.
     """
-    if guard < 0 or block_size < 1:
-        raise SplitError(f"block split: block_size={block_size}, guard={guard}; give at least 1 and 0")
+    if guard < 0 or min(block_size, train_pixels, validation_pixels) < 1:
+        raise SplitError(
+            f"block split: block_size={block_size}, guard={guard}, train_pixels={train_pixels}, "
+            f"validation_pixels={validation_pixels}; give a guard of 0 or more, of the others 1 or more"
+        )
     generator = np.random.default_rng(seed)
     present = int((class_counts(labels, num_classes) > 0).sum())
     best = "no layout reached the training and validation pixels"

@@ -124,6 +124,18 @@ class SceneStream:
             f"trained on {bands.wavelengths[first]:g} nm; give a scene of that sensor, or a model trained on this one"
         )
 
+    def check_margin(self, margin: int) -> None:
+        """Makes sure that a window can be mirrored so far beyond the scene, see `read_scaled`.
+
+        Raises:
+            DataError: the scene is too small.
+        """
+        if margin >= min(self.height, self.width):
+            raise DataError(
+                f"{self.name}: {self.height} x {self.width} pixels, but the model sees {margin} pixels around each; "
+                "give a larger scene"
+            )
+
 
 def open_stream(scene: str | Path, root: str | Path) -> SceneStream:
     """Opens a GeoTIFF or ENVI file, or the image of a dataset card; missing files of a card are fetched.
@@ -176,13 +188,8 @@ def read_scaled(
         the window have all values, bool (height, width).
 
     Raises:
-        DataError: the scene is damaged there, or smaller than the margin.
+        DataError: the scene is damaged there.
     """
-    if margin >= min(stream.height, stream.width):
-        raise DataError(
-            f"{stream.name}: {stream.height} x {stream.width} pixels, but the model sees {margin} pixels around each; "
-            "give a larger scene"
-        )
     rows = _mirrored(window.top - margin, window.top + window.height + margin, stream.height)
     columns = _mirrored(window.left - margin, window.left + window.width + margin, stream.width)
     # what is mirrored lies inside the window or its margin, so the scaled values can be repeated rather than the raw
