@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vision_lowrank.data.modules import SceneDataModule
-from vision_lowrank.data.scene import IGNORE
+from vision_lowrank.data.cards import load_card
+from vision_lowrank.data.modules import SceneDataModule, make_split
+from vision_lowrank.data.scene import IGNORE, open_scene
 from vision_lowrank.errors import ConfigError, DataError
 
 RANDOM = {"kind": "random", "train": 0.2, "validation": 0.1}
@@ -223,6 +224,20 @@ def test_published_maps_decide_who_trains_and_tests(make, published, options, te
     assert (split.kind, split.parameters["train_file"]) == ("from_file", "train.npy")
 
 
+def test_a_training_map_of_a_scene_from_a_package_lies_in_the_data_folder(tmp_path):
+    card = load_card("indian_pines")
+    labels = open_scene(card, tmp_path).labels
+    chosen = (labels != IGNORE) & (np.add.outer(range(145), range(145)) % 3 == 0)
+    options = {"kind": "from_file", "validation": 0.1, "train_file": "train.npy"}
+    place = tmp_path / "indian_pines"
+    with pytest.raises(DataError, match=f"train.npy .* into {place}"):
+        make_split(labels, labels >= 0, card, tmp_path, 5, options, 0)
+    place.mkdir()
+    np.save(place / "train.npy", np.where(chosen, labels + 1, 0))
+    split = make_split(labels, labels >= 0, card, tmp_path, 5, options, 0)
+    assert np.array_equal(np.union1d(split.train, split.validation), np.flatnonzero(chosen))
+
+
 def test_published_pixels_without_values_are_left_out(tiny, make, published, caplog):
     gap = np.zeros((24, 20), bool)
     gap[3, 2:9] = gap[15, 4:6] = True
@@ -292,7 +307,8 @@ MEMORY_SCRIPT = """
 import re
 from pathlib import Path
 import h5py, lightning, numpy, rasterio, scipy.io, scipy.ndimage, sklearn.decomposition, torch
-from vision_lowrank.data.modules import SceneDataModule
+from vision_lowrank.data.cards import load_card
+from vision_lowrank.data.modules import SceneDataModule, make_split
 from vision_lowrank.data.preprocessing import ScenePreprocessor
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))

@@ -168,13 +168,18 @@ class DatasetCard:
         return [index + 1 if entry.value is None else entry.value for index, entry in enumerate(self.classes)]
 
     def folders(self, root: str | Path) -> list[Path]:
-        """Returns the folders where files of this card are looked for, the one that downloads go to first."""
-        if self.source.package is not None:
-            found = importlib.util.find_spec(self.source.package)
-            if found is None or found.origin is None:
-                raise DataError(f"card {self.name}: package {self.source.package!r} is not installed; pip install it")
-            return [Path(found.origin).parent / self.source.folder]
-        return [Path(root) / self.name, Path(root)]
+        """Returns the folders where files of this card are looked for, one after the other.
+
+        Downloads go to the first, but for a card of a package, which has none.
+        """
+        own = [Path(root) / self.name, Path(root)]
+        if self.source.package is None:
+            return own
+        found = importlib.util.find_spec(self.source.package)
+        if found is None or found.origin is None:
+            raise DataError(f"card {self.name}: package {self.source.package!r} is not installed; pip install it")
+        # published training pixels are a user's own
+        return [Path(found.origin).parent / self.source.folder, *own]
 
     def find(self, entry: FileEntry, root: str | Path) -> list[Path]:
         """Returns the file of `entry`, or several where its path is a pattern such as `images/*.tif`; or none."""
@@ -194,7 +199,7 @@ class DatasetCard:
         pages = [f"https://huggingface.co/datasets/{self.source.hub}"] if self.source.hub else []
         pages += [self.source.page] if self.source.page else []
         origin = f"get {names} from {' or '.join(pages)} and put them" if pages else f"put {names}"
-        return f"{origin} under these names into {self.folders(root)[0].absolute()}"
+        return f"{origin} under these names into {(Path(root) / self.name).absolute()}"
 
 
 def list_cards() -> list[str]:
