@@ -82,11 +82,15 @@ def test_whole_blocks_go_to_one_subset(card):
     assert not np.array_equal(other.train.corners, data.train.corners)
 
 
-def test_another_card_for_the_same_files_is_other_data(card):
+@pytest.mark.parametrize("what", ["classes", "axes"])
+def test_another_card_for_the_same_files_is_other_data(card, what):
     path, root, *_ = card
     before = scene_task(path, root, "classification", side=4, seed=1, block=16).fingerprint
     changed = yaml.safe_load(Path(path).read_text())
-    changed["classes"][1]["name"] = "renamed"
+    if what == "classes":
+        changed["classes"][1]["name"] = "renamed"
+    else:
+        changed["files"]["image"][0]["axes"] = "channels width height"
     Path(path).write_text(yaml.safe_dump(changed))
     assert scene_task(path, root, "classification", side=4, seed=1, block=16).fingerprint != before
 

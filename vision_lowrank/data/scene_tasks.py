@@ -124,9 +124,9 @@ def scene_task(
     )
     image = _normalise(scene, corners[subsets[0]], side)[::every]
     wavelengths = scene.bands.wavelengths[::every].astype(np.float32)
-    # what the card says of the files counts too: cached features would else go with other labels
-    labelled = hashlib.sha256(scene.labels.tobytes()).hexdigest()
-    card_facts = [labelled, [entry.name for entry in scene.classes], wavelengths.tolist(), scene.gsd]
+    # what the card says of the files counts too: cached features would else go with other labels or pixels
+    read = hashlib.sha256(scene.labels.tobytes() + image.tobytes()).hexdigest()
+    card_facts = [read, [entry.name for entry in scene.classes], wavelengths.tolist(), scene.gsd]
     facts = [scene.hashes, card_facts, kind, side, seed, block, list(shares), every]
     about = json.dumps(facts, sort_keys=True)
     fingerprint = hashlib.sha256(about.encode()).hexdigest()
