@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from sklearn.svm import SVC
 
-from vision_lowrank import checkpoints, fitting
+from vision_lowrank import checkpoints, fitting, scene_run
 from vision_lowrank.adapters import load_adapter
 from vision_lowrank.data.cards import load_card
 from vision_lowrank.data.splits import Split
@@ -503,6 +503,24 @@ def test_wrong_options(configure, overrides, message, monkeypatch):
     monkeypatch.delattr(L.Trainer, "fit")
     with pytest.raises(VisionLowRankError, match=message):
         train(configure(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+model.dims=3"], "dims"),
+        (["base=nowhere"], "no config.json"),
+        (["regime=probe", "adapter.train=[tail]"], "tail"),
+        (["+task.rate=3"], "no argument 'rate'"),
+        (["+trainer.epochs=3"], "epochs"),
+    ],
+)
+def test_what_a_network_does_not_fit_is_told_before_baselines(configure, overrides, message, monkeypatch):
+    monkeypatch.setattr(scene_run, "fit_baseline", lambda *_: pytest.fail("a baseline was fitted"))
+    config = configure(*overrides, baselines=True)
+    with pytest.raises(VisionLowRankError, match=message):
+        train(config)
+    assert not Path(config.runs_root).exists()
 
 
 def test_error_of_the_command_is_one_line(scene, tmp_path, repository):

@@ -218,15 +218,11 @@ def _prepare_model(
     if pretrained:
         model = load_base(config, data, folder / "model")
     else:
-        if config.base is not None:
-            _check_base(data, Path(config.base))
-            model = load_base(config, data, Path(config.base))
-        elif adapted:
-            rehearse(config, data)
+        if adapted and config.base is None:
             keep = LastCheckpoint(folder / "pretraining", folder)
             model = pretrain(config, data, folder, precision, [keep], config.ckpt_path)
         else:
-            model = build(config, data)
+            model = _begin(config, data)
         model.reset_classifier(data.num_classes)
     if adapted:
         if not pretrained and process_rank() == 0:
@@ -264,18 +260,30 @@ def training_batches(config: DictConfig, data: SceneDataModule) -> Batches:
 
 
 def rehearse(config: DictConfig, data: SceneDataModule) -> None:
-    """Adapts a model that is thrown away, so that what does not fit is told before hours of pretraining.
+    """Readies a model that is thrown away, so that what does not fit is told before hours of other work.
 
     Raises:
-        VisionLowRankError: as `adapt`, or the settings of training do not fit the adapters.
+        VisionLowRankError: as `load_base` and `adapt`, or the settings of training do not fit the model.
     """
     with torch.random.fork_rng():
-        model = adapt(config, data, build(config, data))
-        options = adapter_options(config)
-        AdapterTraining(**asdict(options.training)).check(model)
-        if options.rate_ratio is not None:
-            lora_plus_groups(model, options.learning_rate, options.rate_ratio)
+        model = _begin(config, data)
+        if config.regime == "adapt":
+            model = adapt(config, data, model)
+            options = adapter_options(config)
+            AdapterTraining(**asdict(options.training)).check(model)
+            if options.rate_ratio is not None:
+                lora_plus_groups(model, options.learning_rate, options.rate_ratio)
+        elif config.regime == "probe":
+            freeze_except(model, list(adapter_options(config).train))
         _make_task(config, data, model)
+
+
+def _begin(config: DictConfig, data: SceneDataModule) -> Any:
+    """Returns the configured base, or a model with random weights."""
+    if config.base is None:
+        return build(config, data)
+    _check_base(data, Path(config.base))
+    return load_base(config, data, Path(config.base))
 
 
 def build(config: DictConfig, data: SceneDataModule) -> Any:

@@ -18,7 +18,7 @@ from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import CheckpointError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, write_metrics
-from vision_lowrank.fitting import fit_network, resumed_stage
+from vision_lowrank.fitting import fit_network, make_trainer, rehearse, resumed_stage
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_precision
 from vision_lowrank.random_walk import random_walk, read_walk
@@ -49,6 +49,10 @@ def run_scene(config: DictConfig) -> tuple[Path, list[RunResult]]:
     data: SceneDataModule = instantiate(config.data)
     data.prepare_data()
     data.setup()
+    if not is_baseline(config.model) and resumed != "training":
+        # what does not fit is told before baselines and pretraining
+        rehearse(config, data)
+        make_trainer(config, precision, ())
     folder = _open_folder(config, data, precision)
     results: list[RunResult] = []
     if process_rank() == 0:
