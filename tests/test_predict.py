@@ -440,7 +440,7 @@ def test_incomplete_runs_are_refused(pixel_run, scene, tmp_path):
         return folder
 
     source = write_raster(scene, tmp_path / "scene.tif")
-    for name in ("config.yaml", "preprocessing.safetensors", "model/model.safetensors", "metrics.json"):
+    for name in ("config.yaml", "preprocessing.safetensors", "model/model.safetensors"):
         with pytest.raises(CheckpointError, match=f"no {name} there; give the folder of a finished run"):
             predict(missing(name), source, tmp_path / "map.tif")
     folder = missing()

@@ -68,7 +68,7 @@ def load_run(folder: str | Path) -> TrainedRun:
         DataError: its card is missing or no longer that of training.
     """
     folder = Path(folder)
-    _require(folder, ("config.yaml", *WEIGHTS, "metrics.json"))
+    _require(folder, ("config.yaml", *WEIGHTS))
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
         data, regime, inputs = config["data"], config["regime"], config["task"].get("inputs", ["image"])
@@ -128,6 +128,9 @@ def _load_model(folder: Path, adapted: bool, by_peft: bool) -> LolaSpecViT | Les
 
 def _check_classes(card: DatasetCard, folder: Path) -> None:
     """Refuses a card that now calls the classes of training otherwise: the model knows them by their number alone."""
+    if not (folder / "metrics.json").is_file():
+        # of a run that ended before its scores were written nobody tells
+        return
     try:
         content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         trained = [entry["name"] for entry in content["scores"]["train"]["classes"]]
