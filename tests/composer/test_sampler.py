@@ -14,11 +14,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composer_zoo import TOKENS, WIDTH, build_unet, lora, noise, scene
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
 
+from vision_lowrank.composer import sampler
 from vision_lowrank.composer.attention import Maps
 from vision_lowrank.composer.losses import CONSTANTS, Constants
 from vision_lowrank.composer.sampler import Settings, _change, compose, goes_on, reinitialise
+from vision_lowrank.errors import ConfigError
 
 LAYERS = [
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
@@ -305,6 +318,69 @@ def test_guidance_is_as_strong_where_latents_are_scaled_up(unet, kind):
     assert moved[0].norm() > 1
     # schedulers differ in what follows; without the scale the others would hardly move
     assert (moved[0] - moved[1]).norm() < 0.4 * moved[0].norm()
+
+
+# at which of the evaluations for eight steps a scheduler goes on from other latents than those it is given
+FORGETS = {
+    "DDIM": (DDIMScheduler, {"clip_sample": False}, ()),
+    "DPM++": (DPMSolverMultistepScheduler, {}, ()),
+    "DPM++, single steps": (DPMSolverSinglestepScheduler, {"lower_order_final": True}, (1, 3, 5)),
+    "Heun": (HeunDiscreteScheduler, {}, range(1, 15, 2)),
+    "KDPM2": (KDPM2DiscreteScheduler, {}, range(1, 15, 2)),
+    "LMS": (LMSDiscreteScheduler, {}, ()),
+    "PNDM": (PNDMScheduler, {}, (1, 2, 3, 5, 6, 7, 9, 10, 11)),
+    "PNDM, as of Stable Diffusion 1": (PNDMScheduler, {"skip_prk_steps": True}, (1,)),
+    "SA": (SASolverScheduler, {}, ()),
+    "UniPC": (UniPCMultistepScheduler, {}, ()),
+}
+
+
+@pytest.mark.parametrize("name", FORGETS)
+def test_latents_are_moved_where_the_scheduler_goes_on_from_them(name, monkeypatch):
+    kind, options, forgotten = FORGETS[name]
+    scheduler = kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **options)
+    constants = Constants(patience=99, last=None, decay="linear", step_size=1)
+    model = SimpleNamespace(scene=SimpleNamespace(regions=[0]), unet=SimpleNamespace(device="cpu"))
+
+    def after(moved):
+        """The latents after the step that follows evaluation `moved`, and whether the evaluations had losses."""
+        scheduler.set_timesteps(8)
+        guidance = sampler._Guidance(model, scheduler, constants, 1)
+        latents = noise() * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            slope = noise(seed=9) if index == moved else torch.zeros_like(latents)
+            monkeypatch.setattr(sampler, "guide", lambda *_, slope=slope: (torch.zeros(1), slope))
+            latents = guidance.move(latents, timestep, index)
+            # a network that sees no noise
+            draws = torch.Generator().manual_seed(index)
+            named = {"generator": draws} if isinstance(scheduler, SASolverScheduler) else {}
+            latents = scheduler.step(torch.zeros_like(latents), timestep, latents, return_dict=False, **named)[0]
+        return latents, [bool(loss.isfinite()) for loss in guidance.losses]
+
+    still, evaluated = after(None)
+    assert evaluated == [index not in forgotten for index in range(len(evaluated))]
+    for index, kept in enumerate(evaluated):
+        change = after(index)[0] - still
+        # where the network sees no noise, latents never shrink: a move that is kept does not either
+        step = constants.step_at(index, len(evaluated)) * noise(seed=9)
+        assert (-(change * step).sum() > 0.99 * step.square().sum()) == kept
+
+
+@pytest.mark.parametrize("strength", [1e30, 1e300])
+def test_latents_that_overflow_end_the_composition_at_once(unet, strength):
+    class Counted(DDIMScheduler):
+        steps = 0
+
+        def step(self, *args, **named):
+            self.steps += 1
+            return super().step(*args, **named)
+
+    scheduler, region = Counted(clip_sample=False), scene(unet).regions[0]
+    what = replace(scene(unet), regions=[replace(region, loras=[(lora(unet, 1), strength)])])
+    small = copy.deepcopy(unet).float()
+    with pytest.raises(ConfigError, match=r"not finite; .* LoRAs of a smaller strength"):
+        compose(small, scheduler, what, noise().float(), 20, 3.0, Settings(map_factor=2, reinitialisation=False))
+    assert scheduler.steps == 1
 
 
 def test_boxes_that_are_moved_alike_bring_their_noise_once():

@@ -86,8 +86,8 @@ class Plan:
                 for scene in active:
                     with regional_unet(unet, scene, map_factor=self.settings.map_factor) as model:
                         predictions.append(denoiser.predict(model, latents, timestep))
-                latents = denoiser.step(torch.stack(predictions).mean(0), timestep, latents)
-        return Composition(checked(latents), losses)
+                latents = checked(denoiser.step(torch.stack(predictions).mean(0), timestep, latents))
+        return Composition(latents, losses)
 
 
 def plan(method: str, scene: LoadedScene, pipeline: Any, settings: Settings) -> Plan:

@@ -95,7 +95,7 @@ def compose(
 
     Args:
         unet: of Stable Diffusion 1, 2 or XL.
-        scheduler: any with `scale_model_input`.
+        scheduler: any with `scale_model_input`; with losses, UniPC and SA run without their correctors.
         scene: what is to be composed.
         noise: standard normal (S, channels, height, width), one for each image.
         steps: number of denoising steps.
@@ -120,8 +120,8 @@ def compose(
         guidance = _Guidance(model, scheduler, settings.weights, len(latents))
         for index, timestep in enumerate(scheduler.timesteps):
             latents = guidance.move(latents, timestep, index)
-            latents = denoiser.step(denoiser.predict(model, latents, timestep), timestep, latents)
-    return Composition(checked(latents), torch.stack(guidance.losses))
+            latents = checked(denoiser.step(denoiser.predict(model, latents, timestep), timestep, latents))
+    return Composition(latents, torch.stack(guidance.losses))
 
 
 class Denoiser:
@@ -172,7 +172,10 @@ def checked(latents: Tensor) -> Tensor:
         ConfigError: they are not finite.
     """
     if not latents.isfinite().all():
-        raise ConfigError("the latents are not finite; compose in float32 or bfloat16, or with a smaller step_size")
+        raise ConfigError(
+            "the latents are not finite; compose in float32 or bfloat16, with LoRAs of a smaller strength, or with a "
+            "smaller step_size"
+        )
     return latents
 
 
@@ -296,6 +299,20 @@ def _change(gradient: Tensor, latents: Tensor, constants: Constants, index: int,
     return change * (constants.largest_step * norm / length).clamp(max=1)
 
 
+def _starts_here(scheduler: Any, index: int) -> bool:
+    """Whether step `index` goes on from the latents it is given.
+
+    Later evaluations of one step, as of Heun, of PNDM and of DPM++ in single steps, go on from those of the first one.
+    """
+    orders = getattr(scheduler, "order_list", None)
+    if orders is not None:
+        return bool(orders[index] == 1)
+    # PNDM's evaluations so far: four for each step of its start, where it has that, else two for the first step
+    done, start = getattr(scheduler, "counter", 0), len(getattr(scheduler, "prk_timesteps", ()))
+    first = done % 4 == 0 if done < start else start > 0 or done != 1
+    return first and getattr(scheduler, "state_in_first_order", True)
+
+
 def _moments(latents: Tensor) -> tuple[Tensor, Tensor]:
     axes = (1, 2, 3)
     return latents.mean(axes, keepdim=True), latents.std(axes, keepdim=True)
@@ -310,16 +327,19 @@ class _Guidance:
         self.constants = constants
         self.losses: list[Tensor] = []
         self.totals: list[Tensor] = []
-        wanted = bool(model.scene.regions) and any((constants.enhancement, constants.fill, constants.region))
-        self.active = torch.full((images,), wanted, device=model.unet.device)
+        self.wanted = bool(model.scene.regions) and any((constants.enhancement, constants.fill, constants.region))
+        self.active = torch.full((images,), self.wanted, device=model.unet.device)
 
     def move(self, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
         """Returns the latents after a step along the gradient, `index` counted from 0; images that stopped stay."""
         # at least float32: bfloat16 could not tell whether a loss grows
         kind = torch.promote_types(latents.dtype, torch.float32)
         self.losses.append(latents.new_full((len(latents),), torch.nan, dtype=kind))
-        # the second evaluation of a step, as Heun's, starts from where the first one did
-        if not self.active.any() or not getattr(self.scheduler, "state_in_first_order", True):
+        if self.wanted and hasattr(self.scheduler, "last_sample"):
+            # correctors (UniPC, SA) go back to where the last step started, and would lose most of a move. Also where
+            # no image is moved any more, since images of a batch stop at different steps
+            self.scheduler.last_sample = None
+        if not self.active.any() or not _starts_here(self.scheduler, index):
             return latents
         total, gradient = guide(self.model, self.scheduler, latents[self.active], timestep, self.constants)
         self.losses[-1][self.active] = total.to(kind)
