@@ -1,6 +1,7 @@
 """Strength, merging and switching off."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ def test_strength_is_linear_and_zero_is_the_base(toy):
     assert torch.equal(toy(VOLUME), base)
     adapters.set_strength(toy, 0.4)
     torch.testing.assert_close(toy(VOLUME), base + 0.4 * (full - base))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -1e39, 1e300])
+def test_a_strength_that_is_no_number_of_the_model_changes_nothing(toy, strength):
+    inject(toy, ["mlp.0", "mlp.2"], LoRA(2, 4))
+    with pytest.raises(AdapterError, match=re.escape(f"strength={strength}: give a finite number")):
+        adapters.set_strength(toy, strength)
+    # nor does one that a merged layer refuses, in layers that come before it
+    adapters.set_strength(toy, 0.5)
+    toy.mlp[2].merge()
+    with pytest.raises(AdapterError, match=r"'mlp\.2' is merged at strength 0\.5"):
+        adapters.set_strength(toy, 0.25)
+    assert [layer.adapters["default"].strength.item() for layer in (toy.mlp[0], toy.mlp[2])] == [0.5, 0.5]
 
 
 def test_full_strength_restores_each_adapter_even_after_an_error(toy):

@@ -392,7 +392,14 @@ HUGE = 10**13  # numbers that no machine has room for
         (own(method="NOLA", rank=2, alpha=1, terms=HUGE), "is neither part of"),
         (own(method="Hydra", rank=2, scale=1, dropout=[]), r"Hydra dropout=\[\]: give a probability"),
         (tensors(lambda t: t.update({A0: t[A0].int()})), "lora_A.weight holds torch.int32, the model torch.float32"),
+        (
+            tensors(lambda t: t[A0].view(-1)[3:4].fill_(float("nan"))),
+            "lora_A.weight holds NaN: its training",
+        ),
+        (tensors(lambda t: t["base_model.model.head.bias"].fill_(float("nan"))), "head.bias holds NaN"),
         (lambda folder: (folder / "adapter_config.json").write_text("[" * 10**5), "is not valid JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"r": ' + "9" * 5000 + "}"), "is not valid JSON"),
+        (own(method="DyLoRA", rank=2, alpha=1, frozen="no"), "DyLoRA frozen='no': give True or False"),
     ],
 )
 def test_settings_are_compared_before_anything_is_made_of_them(saved, damage, message):

@@ -189,10 +189,13 @@ def test_what_cannot_be_replaced_leaves_the_model_as_it_was():
         (["mlp.0", "proj"], 2, "'proj' is a Conv1d; name linear"),
         (["mlp.0", "head"], 4, "rank=4 for a layer with 6 inputs and 3 outputs"),
         ("mlp.0", 0, "rank=0"),
+        ("mlp.0", 2.5, "rank=2.5: give a whole number"),
         ("nothing", 2, "matches no layer"),
     ):
         with pytest.raises(AdapterError, match=message):
             to_low_rank(toy, targets, rank, alpha=1)
+    with pytest.raises(AdapterError, match="alpha=nan: give a finite number"):
+        to_low_rank(toy, "mlp.0", 2, alpha=float("nan"))
     with pytest.raises(AdapterError, match="columns=7: give from 1 to 6"):
         to_lost_style(toy, "mlp.0", rank=2, columns=7)
     assert str(toy) == before

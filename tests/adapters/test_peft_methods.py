@@ -258,6 +258,13 @@ def configured(**changes):
     return change
 
 
+def astray(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file(
+        {key: value * (math.nan if "0.attn.qkv.lora_B" in key else 1) for key, value in load_file(path).items()}, path
+    )
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -271,6 +278,8 @@ def configured(**changes):
         (configured(rank_pattern=["qkv"]), "no adapters of peft for this model"),
         (configured(target_modules="("), "no adapters of peft for this model"),
         (configured(lora_alpha=10**400), "no adapters of peft for this model"),
+        (configured(lora_alpha=math.nan), r"with its adapters blocks\.0\.attn\.qkv\.weight is not finite"),
+        (astray, r"with its adapters blocks\.0\.attn\.qkv\.weight is not finite"),
         (configured(peft_type="PROMPT_TUNING"), "no adapters of peft|which is none of"),
         (configured(use_dora=False, megatron_config={"a": 1}, megatron_core="this"), "its megatron_config has code"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no adapters of peft for this model"),

@@ -9,6 +9,7 @@ import torch
 from adapter_zoo import VOLUME, make_toy
 from torch import nn
 
+from vision_lowrank.adapters import LoRA, inject
 from vision_lowrank.adapters.projected_adamw import ProjectedAdamW, projected_groups
 from vision_lowrank.errors import AdapterError
 
@@ -209,6 +210,11 @@ def test_targets_without_anything_to_train():
     toy.mlp.requires_grad_(False)
     with pytest.raises(AdapterError, match="are frozen"):
         projected_groups(toy, ["mlp.0", "mlp.2"], rank=2)
+    # those below adapters are frozen too
+    adapted = make_toy()
+    inject(adapted, "mlp.0", LoRA(2, 4))
+    with pytest.raises(AdapterError, match="are frozen"):
+        projected_groups(adapted, "mlp.0", rank=2)
     assert len(projected_groups(nn.Sequential(nn.Linear(2, 2, bias=False)), "0", rank=1)) == 1
 
 

@@ -100,6 +100,8 @@ def test_errors():
     for density in (0.0, 1.5, float("nan")):
         with pytest.raises(AdapterError, match="density"):
             to_sltrain(toy, "mlp.0", rank=2, alpha=2, density=density)
+    with pytest.raises(AdapterError, match="alpha=inf: give a finite number"):
+        to_sltrain(toy, "mlp.0", rank=2, alpha=float("inf"), density=0.1)
     with pytest.raises(AdapterError, match="rank=7"):
         to_sltrain(toy, "mlp.0", rank=7, alpha=2, density=0.1)
     with pytest.raises(AdapterError, match="Conv1d; name linear"):

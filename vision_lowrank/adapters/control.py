@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.injection import adapted_layers, check_mergeable, trained_modules
@@ -66,12 +67,17 @@ def set_strength(model: nn.Module, value: float, name: str | None = None) -> Non
         name: the adapters to set; None sets all.
 
     Raises:
-        AdapterError: there are no such adapters, or they are merged at another strength.
+        AdapterError: there are no such adapters, they are merged at another strength, or the factor is no finite number
+            in their precision; nothing is changed then.
     """
-    for path, strength in _strengths(model, name):
-        layer = model.get_submodule(path)
-        if layer.merged and bool(strength != value):
+    strengths = _strengths(model, name)
+    for path, strength in strengths:
+        # written so that NaN fails too
+        if not abs(value) <= torch.finfo(strength.dtype).max:
+            raise AdapterError(f"strength={value!r}: give a finite number that {strength.dtype} of {path!r} holds")
+        if model.get_submodule(path).merged and bool(strength != value):
             raise AdapterError(f"layer {path!r} is merged at strength {strength.item():g}: unmerge(model) to change it")
+    for _, strength in strengths:
         strength.fill_(value)
 
 

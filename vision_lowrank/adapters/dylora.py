@@ -50,6 +50,8 @@ class DyLoRA:
     def __post_init__(self) -> None:
         check_rank("rank", self.rank)
         check_alpha(self.alpha)
+        if not isinstance(self.frozen, bool):
+            raise AdapterError(f"DyLoRA frozen={self.frozen!r}: give True or False")
 
     @property
     def scaling(self) -> float:

@@ -258,6 +258,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             raise AdapterError(
                 f"{source}: key {PREFIX}{key} holds {tensor.dtype}, the model {expected[key].dtype}; save it again"
             )
+        # infinities may be meant, in the mask of a module that is trained as a whole
+        if tensor.float().isnan().any():
+            raise AdapterError(f"{source}: key {PREFIX}{key} holds NaN: its training went astray, train it again")
     if missing := [key for key in expected if key not in tensors]:
         raise AdapterError(f"{source}: key {PREFIX}{missing[0]} is missing; the file is incomplete, save it again")
 
@@ -267,7 +270,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path} does not exist: give the folder that save_adapter or peft wrote") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}): save or copy the adapter again") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds a {type(config).__name__}, not settings: save or copy the adapter again")

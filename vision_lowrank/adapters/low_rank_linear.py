@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_lowrank.adapters import methods
 from vision_lowrank.adapters.layers import unrounded
 from vision_lowrank.adapters.targets import Targets, check_layers, find_targets, walk
 from vision_lowrank.errors import AdapterError
@@ -157,8 +158,9 @@ def to_low_rank(model: nn.Module, targets: Targets, rank: int, alpha: float) -> 
         The paths of the replaced layers.
 
     Raises:
-        AdapterError: see `replace_linear`, or the rank does not fit a layer.
+        AdapterError: see `replace_linear`, the rank does not fit a layer, or alpha is not finite.
     """
+    methods.check_alpha(alpha)
 
     def make(layer: nn.Linear) -> LowRankLinear:
         check_rank(layer, rank)
@@ -292,9 +294,10 @@ def check_rank(layer: nn.Linear, rank: int) -> None:
     """Checks the inner dimension of factors.
 
     Raises:
-        AdapterError: it is below 1 or above the smaller side of the weight.
+        AdapterError: it is no whole number from 1 to the smaller side of the weight.
     """
+    methods.check_rank("rank", rank)
     most = min(layer.in_features, layer.out_features)
-    if not 1 <= rank <= most:
+    if rank > most:
         size = f"{layer.in_features} inputs and {layer.out_features} outputs"
         raise AdapterError(f"rank={rank} for a layer with {size}: give from 1 to {most}")

@@ -259,6 +259,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         re.error, SafetensorError,
     ) as error:  # fmt: skip
         raise AdapterError(f"{folder}: no adapters of peft for this model ({error}); train them anew") from error
+    if astray := [name for name, weight in merged.named_parameters() if not weight.isfinite().all()]:
+        raise AdapterError(f"{folder}: with its adapters {astray[0]} is not finite; train them anew")
     return merged
 
 

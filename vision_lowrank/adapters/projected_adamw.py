@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from vision_lowrank.adapters.targets import Targets, find_targets
+from vision_lowrank.adapters.targets import Targets, base_of, find_targets
 from vision_lowrank.errors import AdapterError
 
 # keeps quotients of norms finite, as in Fira's code
@@ -121,7 +121,7 @@ def projected_groups(model: nn.Module, targets: Targets, rank: int) -> list[dict
     Raises:
         AdapterError: a target matches nothing, or none of the targeted weights is trained.
     """
-    weights = {model.get_submodule(path).weight for path in find_targets(model, targets)}
+    weights = {base_of(model.get_submodule(path)).weight for path in find_targets(model, targets)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     projected = [parameter for parameter in trained if parameter in weights]
     others = [parameter for parameter in trained if parameter not in weights]

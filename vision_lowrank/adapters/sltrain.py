@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.low_rank_linear import FactorisedLinear, check_rank, replace_linear
+from vision_lowrank.adapters.methods import check_alpha
 from vision_lowrank.adapters.targets import Targets
 from vision_lowrank.errors import AdapterError
 
@@ -35,6 +36,7 @@ class SLTrainLinear(FactorisedLinear):
     def __init__(self, layer: nn.Linear, rank: int, alpha: float, density: float, seed: int) -> None:
         super().__init__(layer)
         check_rank(layer, rank)
+        check_alpha(alpha)
         if not 0.0 < density <= 1.0:
             raise AdapterError(f"SLTrain density={density}: give a share above 0 and at most 1, such as 0.03")
         weight = layer.weight
