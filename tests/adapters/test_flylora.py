@@ -191,7 +191,7 @@ def test_tokens_of_all_forwards_of_a_step_count_together():
 
 
 def _train(part, wrap):
-    """Takes steps on this process's part of each batch; returns the biases and the trained factor."""
+    """Takes steps, of two batches each, on this process's part of them; returns the biases and the trained factor."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double().train()
     inject(model, "0", FlyLoRA(8, 16, active=2, balance_rate=0.01))
@@ -199,9 +199,10 @@ def _train(part, wrap):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        x, y = (torch.randn(8, size, dtype=torch.float64, generator=generator)[part] for size in (16, 3))
         optimizer.zero_grad()
-        nn.functional.mse_loss(wrapped(x), y).backward()
+        for _ in range(2):
+            x, y = (torch.randn(8, size, dtype=torch.float64, generator=generator)[part] for size in (16, 3))
+            nn.functional.mse_loss(wrapped(x), y).backward()
         optimizer.step()
         balance_ranks(model)
     adapter = model[0].adapters["default"]

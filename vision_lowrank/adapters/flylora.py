@@ -90,13 +90,13 @@ class FlyLoRAAdapter(Adapter):
         fly_A: the frozen projection, (rank, in, *kernel).
         fly_B: the trained factor, (out, rank, 1, ...).
         fly_d: the balancing bias, (rank,) in float32, for its steps are too small for bfloat16.
-        fly_counts: tokens that chose each rank in training mode since d last moved, (rank,); not saved. Checkpointing
-            of activations computes a forward twice and counts twice, which leaves the sign of the move as it is.
+        fly_counts: tokens that chose each rank in training mode since d last moved, (rank,). No buffer, which
+            DistributedDataParallel would overwrite with the first process's at each forward. Checkpointing of
+            activations computes a forward twice and counts twice, which leaves the sign of the move as it is.
     """
 
     fly_A: Tensor
     fly_d: Tensor
-    fly_counts: Tensor
 
     def __init__(self, base: BaseLayer, settings: FlyLoRA, seed: int | None) -> None:
         super().__init__(base)
@@ -108,7 +108,7 @@ class FlyLoRAAdapter(Adapter):
             projection = _sparse_random(settings.rank, math.prod(rest), settings.active, seed)
             self.fly_A.copy_(projection.view_as(self.fly_A))
         self.register_buffer("fly_d", torch.zeros(settings.rank, device=base.weight.device))
-        self.register_buffer("fly_counts", torch.zeros_like(self.fly_d), persistent=False)
+        self.fly_counts = torch.zeros_like(self.fly_d)
         self.fly_B = Factor(base.weight.new_zeros(out, settings.rank, *(1 for _ in rest[1:])))
 
     def forward(self, x: Tensor, y: Tensor, base: BaseLayer) -> Tensor:
@@ -144,7 +144,8 @@ class FlyLoRAAdapter(Adapter):
         chosen = (h + self.fly_d.view(-1, *kernel)).abs().topk(self.settings.active, dim=axis).indices
         mask = torch.zeros_like(h).scatter(axis, chosen, 1.0)
         if self.training:
-            self.fly_counts += mask.movedim(axis, -1).reshape(-1, self.settings.rank).sum(0, dtype=torch.float32)
+            counts = mask.movedim(axis, -1).reshape(-1, self.settings.rank).sum(0, dtype=torch.float32)
+            self.fly_counts = self.fly_counts.to(counts.device) + counts
         return mask
 
 
@@ -162,9 +163,9 @@ def balance_ranks(model: nn.Module, name: str | None = None) -> None:
         AdapterError: there are no such adapters, or they are merged.
     """
     for *_, adapter in find_adapters(model, FlyLoRAAdapter, name):
-        counts = sum_over_processes(adapter.fly_counts)
+        counts = sum_over_processes(adapter.fly_counts.to(adapter.fly_d.device))
         adapter.fly_d += adapter.settings.balance_rate * torch.sign(counts.mean() - counts)
-        adapter.fly_counts.zero_()
+        adapter.fly_counts = torch.zeros_like(counts)
 
 
 def _check_whole(base: BaseLayer) -> None:
