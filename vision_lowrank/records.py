@@ -33,7 +33,8 @@ def read_record(record: type[T], path: Path, kind: str, error: type[VisionLowRan
     where = f"{kind} {path}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as problem:
+    # dates and numbers that are none are no errors of YAML's own, nor is a nesting that has no end
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as problem:
         raise error(f"{where}: no valid YAML: {' '.join(str(problem).split())}") from problem
     built: T = _Builder(where, f"the {kind}", error).build(record, content, "")
     return built

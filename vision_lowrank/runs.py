@@ -359,7 +359,7 @@ def _settings_of(path: Path) -> dict[str, Any]:
     """Returns the settings in a run's `config.yaml`."""
     try:
         return _settings(OmegaConf.load(path))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: no valid YAML ({' '.join(str(error).split())}); resume another run") from error
 
 

@@ -462,6 +462,8 @@ BAD = {
     ),
     "whole model": ({"conv_in.weight": torch.ones(4, 4, 3, 3), "alphas": torch.ones(3)}, "conv_in.weight is a whole"),
     "empty": ({}, "holds no tensors"),
+    "complex alpha": (GOOD | {f"{KEY}.alpha": torch.tensor(2 + 1j)}, "type torch.complex64, not one number"),
+    "token without a name": (GOOD | {"lora_tokens.": torch.ones(2)}, "of a token with a name"),
     "token shape": (GOOD | {"lora_tokens.<a>": torch.ones(1, 2, 3)}, "embeddings are"),
     "token nan": (GOOD | {"lora_tokens.<a>": torch.full((2,), torch.nan)}, "<a> has values that are not finite"),
 }
@@ -479,6 +481,23 @@ def test_bad_files(tmp_path, case, suffix):
     with pytest.raises(LoraFileError, match=message) as error:
         read_lora(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, 4).to_sparse(), torch.ones(2, 4, device="meta"), torch.ones(1).expand(2, 10**13)],
+    ids=["sparse", "meta", "view"],
+)
+def test_pickled_tensors_that_the_file_does_not_hold(tmp_path, tensor):
+    torch.save(GOOD | {f"{KEY}.lora_A.weight": tensor}, tmp_path / "bad.pth")
+    with pytest.raises(LoraFileError, match=r"bad\.pth: .*lora_A\.weight is sparse, or a view of fewer numbers"):
+        read_lora(tmp_path / "bad.pth")
+
+
+def test_settings_nested_without_end(tmp_path):
+    save_file(GOOD, tmp_path / "x.safetensors", {"lora_adapter_metadata": "[" * 10**5})
+    with pytest.raises(LoraFileError, match="metadata lora_adapter_metadata is not valid JSON"):
+        read_lora(tmp_path / "x.safetensors")
 
 
 def test_merged_model_of_mix_of_show(tmp_path, unet, text_encoder):

@@ -157,6 +157,7 @@ def test_settings_by_name():
             r"scene two: preset of constants \['code'\]; it can be code or paper",
         ),
         ({"settings": {"constants": {"top": 2}}}, "top is 2"),
+        ({"height": 10**20}, "100000000000000000000 x 32 pixels; give at most 16384 along a side"),
         ({"height": 33}, "33 x 32 pixels; this model makes multiples of 2"),
         ({"steps": 0}, "give 1 or more"),
         ({"base": "nowhere"}, "base nowhere: cannot be loaded"),

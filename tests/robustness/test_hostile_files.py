@@ -188,6 +188,22 @@ def test_tags_in_yaml_are_refused(tmp_path, canary, text):
         open_run(config, "32-true")
 
 
+@pytest.mark.parametrize(
+    "text", ["name: 2001-99-99", f"height: {'9' * 5000}", "[" * 5000], ids=["date", "number", "deep"]
+)
+def test_values_in_yaml_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_scene(str(tmp_path / "config.yaml"))
+    # to OmegaConf, a date is a text
+    if not text.startswith("name"):
+        config = OmegaConf.create(
+            {"resume": str(tmp_path), "name": "a", "seed": 0, "runs_root": str(tmp_path / "runs")}
+        )
+        with pytest.raises(ConfigError, match="no valid YAML"):
+            open_run(config, "32-true")
+
+
 def test_targets_on_the_command_line_are_refused(scene, repository, tmp_path, canary):
     for key in ("model", "data", "task"):
         override = f"{key}={{_target_: os.system, command: 'touch {canary}'}}"

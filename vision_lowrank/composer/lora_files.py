@@ -231,7 +231,7 @@ class _Settings:
 def _parse(text: str | bytes, source: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraFileError(f"{source} is not valid JSON ({error}): save or copy the LoRA again") from None
     if not isinstance(settings, dict):
         raise LoraFileError(f"{source} holds a {type(settings).__name__}, not settings: save the LoRA again")
@@ -261,8 +261,10 @@ def _low_rank(
     if "alpha" in parts:
         alpha_key = parts["alpha"][0]
         alpha = _finite(tensors[alpha_key], alpha_key, file)
-        if alpha.numel() != 1:
-            raise LoraFileError(f"{file}: {alpha_key} has shape {tuple(alpha.shape)}, not one number; save it again")
+        if alpha.numel() != 1 or alpha.is_complex():
+            raise LoraFileError(
+                f"{file}: {alpha_key} has shape {tuple(alpha.shape)} and type {alpha.dtype}, not one number: save anew"
+            )
         scale = alpha.item() / rank
     else:
         scale = settings.scale(place, rank, of_peft=".lora_A." in down_key)
@@ -280,8 +282,10 @@ def _factor(tensor: Tensor, key: str, file: Path) -> Tensor:
 
 def _embedding(tensor: Tensor, key: str, file: Path) -> Tensor:
     """Returns embeddings with two axes (layers, width)."""
-    if tensor.ndim not in (1, 2) or tensor.numel() == 0:
-        raise LoraFileError(f"{file}: {key} has shape {tuple(tensor.shape)}; embeddings are (layers, width)")
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0 or key in TOKENS.values():
+        raise LoraFileError(
+            f"{file}: {key} has shape {tuple(tensor.shape)}; embeddings are (layers, width), and of a token with a name"
+        )
     return _finite(torch.atleast_2d(tensor), key, file)
 
 

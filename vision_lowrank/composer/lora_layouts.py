@@ -214,4 +214,9 @@ def _flat(content: Any, file: Path) -> dict[str, Tensor]:
             tensors[str(key)] = value
     if other := next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None):
         raise LoraFileError(f"{file}: {other} is a {type(tensors[other]).__name__}, not a tensor; give a LoRA file")
+    for key, tensor in tensors.items():
+        # of a view, the file need not hold as many numbers as it has
+        held = tensor.layout == torch.strided and not tensor.is_meta
+        if not held or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise LoraFileError(f"{file}: {key} is sparse, or a view of fewer numbers than it has; save plain tensors")
     return tensors

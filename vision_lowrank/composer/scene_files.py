@@ -23,6 +23,8 @@ from vision_lowrank.composer.text import Encoded, encode
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import make_record, nearest, read_record
 
+# along a side: more is a mistake, and would fill memory before anything could say so
+MOST_PIXELS = 16384
 SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 
 
@@ -170,6 +172,8 @@ def load_scene(name_or_path: str | Path) -> LoadedScene:
         )
     scene = read_record(SceneFile, path, "scene", ConfigError)
     where = f"scene {path}"
+    if max(scene.height, scene.width) > MOST_PIXELS:
+        raise ConfigError(f"{where}: {scene.height} x {scene.width} pixels; give at most {MOST_PIXELS} along a side")
     if scene.height < 1 or scene.width < 1 or scene.steps < 1:
         raise ConfigError(
             f"{where}: height, width and steps are {scene.height}, {scene.width}, {scene.steps}; give 1 or more"
