@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from vision_lowrank import adapters
-from vision_lowrank.adapters import GatedLoRA, Hydra, LoRA, export_lora, inject, load_adapter, save_adapter
+from vision_lowrank.adapters import GatedLoRA, Hydra, LoRA, LoRAXS, export_lora, inject, load_adapter, save_adapter
 from vision_lowrank.adapters.slices import Sliced
 from vision_lowrank.errors import AdapterError
 
@@ -54,6 +54,10 @@ def test_parts_are_the_layers_of_attention_taken_apart(method):
     adapters.set_strength(fused, 0.3)
     adapters.set_strength(apart, 0.3)
     torch.testing.assert_close(fused(x), apart(x), atol=1e-12, rtol=1e-12)
+    if not isinstance(method, GatedLoRA):
+        adapters.merge(fused)
+        torch.testing.assert_close(fused(x), apart(x), atol=1e-12, rtol=1e-12)
+        adapters.unmerge(fused)
     assert adapters.count_parameters(fused).adapter == adapters.count_parameters(apart).adapter
     (fused(x).sin().sum() + apart(x).sin().sum()).backward()
     for part in parts:
@@ -61,6 +65,21 @@ def test_parts_are_the_layers_of_attention_taken_apart(method):
             torch.testing.assert_close(one.grad, other.grad)
     adapters.remove(fused)
     assert set(fused.state_dict()) == keys
+
+
+def test_each_part_starts_from_the_gradient_of_its_rows():
+    torch.manual_seed(0)
+    fused, x = Attention(8, num_heads=2).double().eval(), torch.randn(2, 5, 8).double()
+    before = fused.qkv.weight.detach().clone()
+    (gradient,) = torch.autograd.grad(fused(x).sin().sum(), fused.qkv.weight)
+    adapters.lora_sb_gradients(fused, "qkv[q,v]", (fused(x).sin().sum() for _ in range(2)))
+    inject(fused, "qkv[q,v]", LoRAXS(3, 6, "gradient", 0.01))
+    expected = torch.zeros(24, 8).double()
+    for rows in (slice(0, 8), slice(16, 24)):
+        u, values, vh = torch.linalg.svd(-0.01 * gradient[rows].sign())
+        expected[rows] = u[:, :3] * values[:3] @ vh[:3]
+    adapters.merge(fused)
+    torch.testing.assert_close(fused.qkv.base.weight - before, expected)
 
 
 def make_vit():

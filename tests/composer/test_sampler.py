@@ -366,6 +366,12 @@ def test_latents_are_moved_where_the_scheduler_goes_on_from_them(name, monkeypat
         assert (-(change * step).sum() > 0.99 * step.square().sum()) == kept
 
 
+@pytest.mark.parametrize(("kind", "steps"), [(DDIMScheduler, 1001), (PNDMScheduler, 2)])
+def test_steps_that_a_scheduler_does_not_take(unet, kind, steps):
+    with pytest.raises(ConfigError, match=f"steps={steps}: not for a {kind.__name__} with its settings"):
+        compose(unet, kind(), scene(unet), noise(), steps, settings=Settings(map_factor=2))
+
+
 @pytest.mark.parametrize("strength", [1e30, 1e300])
 def test_latents_that_overflow_end_the_composition_at_once(unet, strength):
     class Counted(DDIMScheduler):

@@ -133,6 +133,9 @@ class Denoiser:
         steps: number of denoising steps.
         guidance_scale: of the positive over the negative prompts; at most 1, only the positive ones are run.
         generator: for schedulers that add noise.
+
+    Raises:
+        ConfigError: the scheduler does not take as many steps, or as few.
     """
 
     def __init__(
@@ -143,7 +146,12 @@ class Denoiser:
         guidance_scale: float,
         generator: Generators | None = None,
     ) -> None:
-        scheduler.set_timesteps(steps, device=device)
+        try:
+            scheduler.set_timesteps(steps, device=device)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            kind = type(scheduler).__name__
+            raise ConfigError(f"steps={steps}: not for a {kind} with its settings ({reason[:200]})") from error
         self.scheduler = scheduler
         self.guidance_scale = guidance_scale
         # as pipelines of diffusers do
