@@ -9,7 +9,7 @@ from adapter_zoo import LAYERS, VOLUME, make_toy, perturb
 from torch import nn
 
 from vision_lowrank import adapters
-from vision_lowrank.adapters import GatedLoRA, LoRA, inject
+from vision_lowrank.adapters import GatedLoRA, Hydra, LoRA, inject
 from vision_lowrank.errors import AdapterError
 from vision_lowrank.models.layers.window_attention import WindowAttention
 
@@ -276,6 +276,27 @@ def test_rows_of_a_convolution_without_batch_are_refused():
     inject(model, "0", LoRA(1, 1))
     with adapters.rows(model, torch.ones(2, 1)), pytest.raises(AdapterError, match="first axis must be the batch"):
         model(torch.ones(3, 4, 4))
+
+
+def test_folded_weights_are_those_of_the_call():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(5, 4).double()
+    inject(model, "0", Hydra(2, 0.5))
+    inject(model, "0", LoRA(2, 4, dropout=0.5), name="dropping")
+    perturb(model)
+
+    def folded():
+        weight, bias = adapters.folded_weight(model[0])
+        return x @ weight.T + bias
+
+    assert adapters.folded_weight(model.train()[0]) is None
+    expected = model.eval()(x)
+    torch.testing.assert_close(folded(), expected)
+    adapters.merge(model)
+    torch.testing.assert_close(folded(), expected)
+    adapters.unmerge(model)
+    with adapters.disabled(model):
+        torch.testing.assert_close(folded(), model[0].base(x))
 
 
 def test_folding_a_weight_is_off_for_rows(toy):

@@ -17,6 +17,7 @@ from torch import nn
 
 from vision_lowrank import __version__, adapters
 from vision_lowrank.adapters import NOLA, FlyLoRA, GatedLoRA, LoRA, export_lora, inject, load_adapter, save_adapter
+from vision_lowrank.adapters.peft_layout import lora_from_config
 from vision_lowrank.errors import AdapterError
 
 
@@ -362,6 +363,42 @@ def test_bad_files(saved, damage, message):
     assert str(folder) in str(error.value) or "method" in str(error.value)
     assert set(plain.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+# settings of peft that change what is computed, or the base; of its LoraConfig
+MORE_THAN_LORA = {
+    "alora_invocation_tokens": [1],
+    "arrow_config": {},
+    "bias": "lora_only",
+    "fan_in_fan_out": True,
+    "kasa_config": {},
+    "layer_replication": [[0, 1]],
+    "lora_bias": True,
+    "monteclora_config": {},
+    "target_parameters": ["mlp.0.weight"],
+    "trainable_token_indices": [1],
+    "use_bdlora": True,
+    "use_dora": True,
+    "use_qalora": True,
+    "velora_config": {},
+}
+
+
+@pytest.mark.parametrize("key", MORE_THAN_LORA)
+def test_settings_of_peft_that_are_not_plain_lora_are_refused(saved, key):
+    test_bad_files(saved, edit(**{key: MORE_THAN_LORA[key]}), f"{key}=.* is not plain LoRA; load it with peft")
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "olora", "pissa", "PiSSA_niter_2"])
+def test_starts_of_peft_that_change_the_base_are_refused(saved, start):
+    test_bad_files(saved, edit(init_lora_weights=start), f"init_lora_weights='{start}' changed the base weights")
+
+
+@pytest.mark.parametrize("pattern", ["fc", "mlp.fc", "c", r"^mlp\.fc", r".*_fc", r"mlp.*", "ln", r"fc|ln"])
+def test_patterns_are_those_of_peft(pattern):
+    for path in ("fc", "mlp.fc", "mlp.pre_fc", "other.mlp.fc", "ln.fc", "mlp.ln"):
+        found = lora_from_config({"r": 2, "lora_alpha": 4, "rank_pattern": {pattern: 3}}, path, "here")
+        assert (found.rank == 3) == (peft.utils.other.get_pattern_key([pattern], path) == pattern), path
 
 
 HUGE = 10**13  # numbers that no machine has room for
