@@ -70,10 +70,13 @@ def slow_losses(cross, own, constants):
     return enhancement, fill_x, fill_y, region
 
 
-@pytest.mark.parametrize("preset", ["code", "paper"])
-def test_losses_are_those_of_the_formulas(preset):
+# the shares of the boxes are 2 and 3 positions
+OTHERS = Constants(enhancement=3, fill=5, region=0.5, top=0.2, least=5, smoothing=0.9)
+
+
+@pytest.mark.parametrize("constants", [*CONSTANTS.values(), OTHERS], ids=[*CONSTANTS, "others"])
+def test_losses_are_those_of_the_formulas(constants):
     found = maps()
-    constants = CONSTANTS[preset]
     losses = evaluate(found, TOKENS, Places(BOXES, SIZE), constants)
     for image in range(2):
         expected = slow_losses([cross[image].numpy() for cross in found.cross], found.own[image].numpy(), constants)

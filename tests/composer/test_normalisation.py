@@ -29,6 +29,16 @@ def test_each_view_is_normalised_as_a_map_of_its_own():
         torch.testing.assert_close(found[..., inside], alone[..., inside[seen[index]]], rtol=1e-12, atol=1e-12)
 
 
+def test_a_box_of_one_value_far_from_the_others_stays_finite():
+    # its variance is a difference of equal squares, below zero by rounding
+    values = 1000 * torch.rand(64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(64, 2, 4, 4)
+    x[..., :2] = values[:, None, None, None]
+    view, seen = (torch.arange(16) % 4 < 2).long(), torch.arange(16) % 4 < 2
+    found = normalise(nn.GroupNorm(1, 2), x, view, torch.stack([~seen, seen]))
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_far_from_zero_keep_their_digits(dtype):
     norm = norm_of(4, 8, dtype)

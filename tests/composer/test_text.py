@@ -106,6 +106,15 @@ def assert_same(found, positive, negative, pooled):
         torch.testing.assert_close(found.pooled, pooled)
 
 
+def test_a_token_that_begins_another_is_not_read_in_it(pipeline):
+    short, long = make_lora(1, token="sks"), make_lora(2, token="sksdog")
+    loras = [(short, 1.0), (long, 1.0)]
+    both = encode(pipeline, "a sksdog on sks", None, loras)
+    assert both.tokens == [2, 4]
+    # the tokenizer that knows both as words takes the longer one, too
+    assert_same(both, *expected(merged(pipeline, loras), "a sksdog on sks", None))
+
+
 @pytest.mark.parametrize("negative", [None, "", "bad, dog"])
 def test_without_loras_it_is_the_pipelines_own_text(pipeline, negative):
     found = encode(pipeline, "a cat on a mat", negative)

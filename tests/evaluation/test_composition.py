@@ -31,6 +31,8 @@ def at(row, column, size=20.0):
         ([("fox", at(30, 50)), ("bus", at(30, 15))], False, ("bus", "fox"), (False, False), 0),
         # a second concept in a box spoils it, though the surest is right
         ([("fox", at(12, 15)), ("bus", at(30, 50)), ("bus", at(50, 15))], False, ("fox", "bus"), (False, False), 0),
+        # a middle on an edge is in the box
+        ([("fox", at(64, 32)), ("bus", at(0, 64))], False, ("fox", "fox"), (False, False), 0),
         ([("fox", at(30, 15))], False, ("fox", "none"), (False, True), 0),
         ([], False, ("none", "none"), (True, True), 0),
     ],
