@@ -44,6 +44,16 @@ def test_lists_of_the_earlier_eurosat_layout(eurosat):
         eurosat.open()
 
 
+@pytest.mark.parametrize("name", ["eurosat-train.txt", "River_3.tif"])
+def test_two_files_of_one_name_are_told(eurosat, name):
+    files = lists_of_eurosat(eurosat)
+    (first,) = [path for path in files if path.endswith(name)] or ["EuroSAT/River/River_3.tif"]
+    files.update({first: b"x", f"old/{name}": b"y"})
+    eurosat.members = lambda: files
+    with pytest.raises(DataError, match=rf"{first} and old/{name} have one name, which tells samples apart"):
+        eurosat.open()
+
+
 def test_lists_of_the_earlier_bigearthnet_layout(tmp_path):
     card = dataclasses.replace(load_task_card("bigearthnet"), side=12)
     generator = np.random.default_rng(5)
@@ -130,6 +140,27 @@ def test_a_wrong_label_is_told_at_opening(eurosat, label):
     eurosat.rows[1]["label"] = label
     with pytest.raises(DataError, match=r"EuroSAT/metadata\.csv line 3: (label '|2 classes)"):
         eurosat.open()
+
+
+@pytest.mark.parametrize("label", ["[0, 0, 1, 0, 0]", "[1, 1]", "['Permanent crops', 'Permanent crops']"])
+def test_a_vector_of_zeros_and_ones_is_not_taken_for_indices(tmp_path, label):
+    card = load_task_card("bigearthnet")
+    archive = dataclasses.replace(card.archive, path="set.zip", parts=None)
+    made = Miniature(small(card, archive=archive), tmp_path, SIDE, COUNTS)
+    made.rows[1]["label"] = label
+    with pytest.raises(DataError, match=r"metadata\.csv line 3: label .* is there twice; list each class once"):
+        made.open()
+
+
+def test_tiles_in_several_subsets_are_told(eurosat, caplog):
+    eurosat.rows[7]["optical_path"] = eurosat.rows[2]["optical_path"]
+    eurosat.open()
+    told = "eurosat: 1 tiles are in more than one of training, validation and test, first EuroSAT/optical/tile0_2.tif"
+    assert told in caplog.text
+    caplog.clear()
+    eurosat.rows[7]["optical_path"] = eurosat.rows[8]["optical_path"]
+    eurosat.open()
+    assert "more than one" not in caplog.text
 
 
 def test_an_archive_of_something_else_is_told(eurosat):

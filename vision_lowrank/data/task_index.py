@@ -152,8 +152,23 @@ def _inside(card: TaskCard, path: str) -> str:
 def _find_lists(store: Store, start: str, end: str) -> dict[str, str]:
     """Returns the file of each split list by split, where all three are there."""
     wanted = {f"{start}{split}{end}": split for split in ("train", "val", "test")}
-    found = {wanted[base]: name for name in store.names if (base := posixpath.basename(name)) in wanted}
+    files = _by_ending(store, tuple(wanted))
+    found = {split: files[base] for base, split in wanted.items() if base in files}
     return found if len(found) == len(wanted) else {}
+
+
+def _by_ending(store: Store, ending: str | tuple[str, ...]) -> dict[str, str]:
+    """Returns the files whose names end so by these names, without their folders.
+
+    Raises:
+        DataError: two files have one name, so that nothing tells which is meant.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(name for name in store.names if name.endswith(ending)):
+        other = found.setdefault(posixpath.basename(name), name)
+        if other != name:
+            raise DataError(f"{store.where}: {other} and {name} have one name, which tells samples apart; keep one")
+    return found
 
 
 def _lines(store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -165,7 +180,7 @@ def _lines(store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, s
 
 def _read_eurosat_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, Row]]:
     """Reads lines such as `River_12.jpg`, which mean the file `River_12.tif` wherever it lies."""
-    images = {posixpath.basename(name): name for name in store.names if name.endswith(".tif")}
+    images = _by_ending(store, ".tif")
     for place, split, line in _lines(store, lists):
         stem = posixpath.splitext(posixpath.basename(line))[0]
         label = _class_text(card, [stem.rpartition("_")[0]], f"{store.where}: {place}")
@@ -175,18 +190,16 @@ def _read_eurosat_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) 
 def _read_bigearthnet_lists(card: TaskCard, store: Store, lists: Mapping[str, str]) -> Iterator[tuple[str, str, Row]]:
     """Reads lines with the folder of a tile, which holds a TIFF a band and a JSON file of class names, and radar's."""
     ending = "_labels_metadata.json"
-    files = {posixpath.basename(name).removesuffix(ending): name for name in store.names if name.endswith(ending)}
-    first = f"_{card.radar[0].name}.tif" if card.radar else None
-    radar = {
-        posixpath.basename(name): posixpath.dirname(name) for name in store.names if first and name.endswith(first)
-    }
+    files = _by_ending(store, ending)
+    first = f"_{card.radar[0].name}.tif" if card.radar else ""
+    radar = _by_ending(store, first) if first else {}
     for place, split, line in _lines(store, lists):
         patch, _, other = line.partition(",")
-        if patch not in files:
+        if (file := files.get(f"{patch}{ending}")) is None:
             raise DataError(f"{store.where}: {place}: {patch}{ending} is not there; get the archive again")
-        names = _names_in_json(store, files[patch])
-        label = _class_text(card, names, f"{store.where}: {place}")
-        yield place, split, Row(posixpath.dirname(files[patch]), label, radar.get(f"{other.strip()}{first}", ""))
+        label = _class_text(card, _names_in_json(store, file), f"{store.where}: {place}")
+        tile = posixpath.dirname(radar.get(f"{other.strip()}{first}", ""))
+        yield place, split, Row(posixpath.dirname(file), label, tile)
 
 
 LISTS = {
@@ -230,6 +243,10 @@ def _class_text(card: TaskCard, found: Iterable[Any], where: str) -> str:
     """Returns class indices with blanks between; a classification has exactly one."""
     known = card.class_values
     indices = []
+    found = list(found)
+    # a vector of 0 and 1, one a class, would pass for the classes 0 and 1
+    if twice := [value for value in found if found.count(value) > 1]:
+        raise DataError(f"{where}: label {twice[0]!r} is there twice; list each class once, by its index or name")
     for value in found:
         key = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value
         if not isinstance(key, int | str) or key not in known:
