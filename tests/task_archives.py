@@ -19,11 +19,11 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 SIDE = 8
 
 
-def samples_tiff(values, interleave="pixel"):
-    """One page with the bands as samples; `values` are (bands, rows, columns)."""
+def samples_tiff(values, interleave="pixel", **profile):
+    """One page with the bands as samples; `values` are (bands, rows, columns), `profile` is rasterio's."""
     bands, rows, columns = values.shape
     with MemoryFile() as memory:
-        profile = {"count": bands, "height": rows, "width": columns, "dtype": values.dtype, "interleave": interleave}
+        profile |= {"count": bands, "height": rows, "width": columns, "dtype": values.dtype, "interleave": interleave}
         with memory.open(driver="GTiff", **profile) as file:
             file.write(values)
         return memory.read()

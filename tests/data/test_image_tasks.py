@@ -289,6 +289,34 @@ def test_missing_values_become_the_mean(tmp_path):
     assert (sample == 0).sum() == 3
 
 
+@pytest.mark.parametrize(("dtype", "nodata"), [("uint16", 0), ("int16", -9999), ("float32", -9999), ("uint8", 255)])
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("side", [None, 8])
+def test_what_a_tiff_declares_to_mean_none_is_missing_in_images_alone(dtype, nodata, bands, side):
+    values = np.random.default_rng(bands).integers(1, 99, (bands, 8, 8)).astype(dtype)
+    values[np.random.default_rng(9).random(values.shape) < 0.3] = nodata
+    expected = np.where(values == nodata, np.nan, values.astype(np.float64))
+    content = samples_tiff(values, nodata=nodata)
+    # a file a band is what is brought to a side
+    found = read_tiff(content, bands, "tile.tif", None if bands > 1 else side, blank=True)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(read_tiff(content, bands, "tile.tif"), values)
+
+
+def test_a_tile_is_not_normalised_by_what_means_none(tmp_path):
+    made = Miniature(dataclasses.replace(load_task_card("nlcd_l"), values="0 to 60000"), tmp_path, 24, COUNTS)
+    for row, image in zip(made.rows, made.images["train"], strict=False):
+        image[:, :6] = 0
+        made.files[row["optical_path"]] = samples_tiff(image, nodata=0)
+    pixels = np.where(np.stack(made.images["train"]) == 0, np.nan, np.stack(made.images["train"]).astype(np.float64))
+    mean, std = np.nanmean(pixels, (0, 2, 3)), np.nanstd(pixels, (0, 2, 3))
+    expected = np.nan_to_num((pixels - mean[:, None, None]) / std[:, None, None])
+    task = made.open()
+    for sample, values in zip(task.train, expected, strict=True):
+        np.testing.assert_allclose(sample["image"].numpy(), values, atol=1e-5)
+
+
 def test_a_value_outside_the_classes_names_file_and_value(dfc2020):
     mask = np.full((1, SIDE, SIDE), 3, np.uint8)
     mask[0, 2, 2] = 18
@@ -332,6 +360,45 @@ def test_all_tiles_are_read_once(dfc2020, monkeypatch):
         with pytest.raises(DataError, match=r"DFC2020/optical/tile3_0\.tif: 13 x 8 x 7, neither"):
             read_through(dfc2020.card, dfc2020.root, 0)
     assert len(read) == 30
+
+
+@pytest.mark.parametrize(("split", "name"), SPLITS.items())
+@pytest.mark.parametrize("kind", ["segmentation", "multilabel"])
+def test_a_subset_without_any_label_is_told_before_anything_is_trained(dfc2020, tmp_path, kind, split, name):
+    made = dfc2020
+    if kind == "multilabel":
+        card = load_task_card("bigearthnet")
+        archive = dataclasses.replace(card.archive, path="set.zip", parts=None)
+        made = Miniature(small(card, archive=archive), tmp_path, SIDE, COUNTS)
+    rows = [row for row in made.rows if row["split"] == split]
+    for row in rows:
+        if kind == "multilabel":
+            row["label"] = "[]"
+        else:
+            made.files[row["label_path"]] = samples_tiff(np.zeros((1, SIDE, SIDE), np.uint8))
+    made.write()
+    with pytest.raises(DataError, match=rf"\.zip: no {name} sample has a label; correct the card or the files"):
+        read_through(made.card, made.root, 0)
+    if kind == "multilabel":
+        rows[1]["label"] = "[18]"
+    else:
+        mask = np.zeros((1, SIDE, SIDE), np.uint8)
+        mask[0, 3, 5] = 17
+        made.files[rows[1]["label_path"]] = samples_tiff(mask)
+    made.write()
+    read_through(made.card, made.root, 0)
+
+
+def test_a_tile_below_the_crop_is_told_where_the_card_states_no_side(eurosat):
+    crop = dataclasses.replace(eurosat.card.protocol, crop=SIDE)
+    eurosat.card = dataclasses.replace(eurosat.card, side=None, protocol=crop)
+    eurosat.files[eurosat.rows[8]["optical_path"]] = samples_tiff(np.ones((13, SIDE + 1, SIDE + 1), np.uint16))
+    eurosat.write()
+    read_through(eurosat.card, eurosat.root, 0)
+    eurosat.files[eurosat.rows[8]["optical_path"]] = samples_tiff(np.ones((13, SIDE - 1, SIDE - 1), np.uint16))
+    eurosat.write()
+    with pytest.raises(DataError, match=r"EuroSAT/optical/tile2_2\.tif has a side of 7 pixels, below .* crop of 8"):
+        read_through(eurosat.card, eurosat.root, 0)
 
 
 def test_statistics_are_measured_once_without_missing_values(tmp_path, monkeypatch):

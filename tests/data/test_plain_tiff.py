@@ -77,7 +77,11 @@ def unlike(image):
 
 
 @pytest.mark.parametrize(
-    "write", [compressed, with_overview, unlike, samples_tiff, lambda image: samples_tiff(image, "band")]
+    "write",
+    [
+        *(compressed, with_overview, unlike, samples_tiff, lambda image: samples_tiff(image, "band")),
+        lambda image: samples_tiff(image[:1], nodata=7),
+    ],
 )
 def test_other_files_are_left_to_gdal(write):
     assert read_plain_pages(write(values(np.uint16))) is None

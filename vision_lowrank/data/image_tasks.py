@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from vision_lowrank.data.archives import Store, open_store
+from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.task_cards import SENSORS, TaskCard, load_task_card
 from vision_lowrank.data.task_index import SUBSETS, Row, digest, group_of, index_digest, load_index, regroup, share
 from vision_lowrank.data.task_tiles import read_image, read_mask, read_radar
@@ -37,6 +39,7 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
     metres float32 (); and `label` int64 (), `labels` float32 (classes,), or `mask` int64 (height, width) with `IGNORE`.
 
     Attributes:
+        images: file of each tile, text (len,).
         groups: what each sample belongs to, text (len,); crops of one image share it.
         fingerprint: hexadecimal digest of what the samples are made of.
 
@@ -62,7 +65,7 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
         self.store = store
         self.sensors = tuple(sensors)
         # arrays and not lists: worker processes would copy these as soon as they count references
-        self._images = np.asarray([row.image for row in rows])
+        self.images = np.asarray([row.image for row in rows])
         self._labels = np.asarray([row.label for row in rows])
         self._radar = np.asarray([row.radar for row in rows])
         self.groups = np.asarray([group_of(card, row) or row.image for row in rows])
@@ -71,10 +74,10 @@ class TaskSamples(Dataset[dict[str, Tensor]]):
         self._shared = {"wavelengths": torch.from_numpy(card.channels(sensors)), "gsd": torch.tensor(card.gsd)}
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = Row(str(self._images[index]), str(self._labels[index]), str(self._radar[index]))
+        row = Row(str(self.images[index]), str(self._labels[index]), str(self._radar[index]))
         parts = [read_image(self.card, self.store, row.image)] if "optical" in self.sensors else []
         parts += [read_radar(self.card, self.store, row.radar)] if "radar" in self.sensors else []
         if len({part.shape[1:] for part in parts}) > 1:
@@ -183,6 +186,11 @@ def open_task(
         raise DataError(
             f"{store.where}: {lacking} samples without radar; use sensors=[optical], or get the archive again"
         )
+    if several := _in_several(subsets):
+        logger.warning(
+            "%s: %d tiles are in more than one of training, validation and test, first %s; scores are too good",
+            *(card.name, len(several), several[0]),
+        )
     mean, std = _statistics(card, store, subsets["train"], cache, sensors)
     subsets["train"] = share(card, subsets["train"], fraction, seed)
     return TaskData(
@@ -199,6 +207,12 @@ def open_task(
     )
 
 
+def _in_several(subsets: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Returns the tiles that more than one subset has, sorted."""
+    counts = Counter(image for rows in subsets.values() for image in {row.image for row in rows})
+    return sorted(image for image, count in counts.items() if count > 1)
+
+
 def read_through(card: TaskCard, root: str | Path, num_workers: int, sensors: Sequence[str] = SENSORS[:1]) -> None:
     """Reads every tile and label of a task, so that damage is known before anything is built on them.
 
@@ -211,22 +225,31 @@ def read_through(card: TaskCard, root: str | Path, num_workers: int, sensors: Se
         sensors: see `open_task`.
 
     Raises:
-        DataError: see `open_task`; or a tile or label map is damaged or contradicts the card, the first that was met.
+        DataError: see `open_task`; or a tile or label map is damaged or contradicts the card, the first that was met;
+            or a tile is too small to be cropped, or none of a subset has a label.
     """
     task = open_task(card, root, sensors=sensors)
     note = card.folders(root)[0] / ".cache" / f"read-{task.fingerprint[:16]}.json"
     if note.is_file():
         return
-    found: Dataset[str | None] = ConcatDataset([_Damage(getattr(task, name)) for name in SUBSETS])
-    loader = DataLoader(found, READ_AT_ONCE, num_workers=num_workers, collate_fn=list)
-    for told in track(loader, f"{card.name}: reading every tile", transient=True):
-        if damage := [text for text in told if text is not None]:
-            raise DataError(damage[0])
+    for name in SUBSETS:
+        found = _Trial(getattr(task, name))
+        loader = DataLoader(found, READ_AT_ONCE, num_workers=num_workers, collate_fn=list)
+        labelled = False
+        for told in track(loader, f"{card.name}: reading every {name} tile", transient=True):
+            if damage := [text for text, _ in told if text is not None]:
+                raise DataError(damage[0])
+            labelled |= any(has_label for _, has_label in told)
+        if not labelled:
+            raise DataError(f"{found.samples.store.where}: no {name} sample has a label; correct the card or the files")
     _keep(card, note, {"samples": sum(len(getattr(task, name)) for name in SUBSETS)}, "that all tiles can be read is")
 
 
-class _Damage(Dataset[str | None]):
-    """What is wrong with each sample; as text, since errors of a worker process reach the caller as tracebacks."""
+class _Trial(Dataset[tuple[str | None, bool]]):
+    """What is wrong with each sample, and whether anything in it has a label.
+
+    The first as text, since errors of a worker process reach the caller as tracebacks.
+    """
 
     def __init__(self, samples: TaskSamples) -> None:
         self.samples = samples
@@ -234,12 +257,19 @@ class _Damage(Dataset[str | None]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> str | None:
+    def __getitem__(self, index: int) -> tuple[str | None, bool]:
         try:
-            self.samples[index]
+            sample = self.samples[index]
         except DataError as error:
-            return str(error)
-        return None
+            return str(error), False
+        card, side = self.samples.card, sample["image"].shape[-1]
+        # tiles of a stated side are of that one
+        if card.side is None and side < card.protocol.crop:
+            image = f"{self.samples.store.where}: {self.samples.images[index]}"
+            return f"{image} has a side of {side} pixels, below the card's crop of {card.protocol.crop}", False
+        if card.kind == "segmentation":
+            return None, bool((sample["mask"] != IGNORE).any())
+        return None, card.kind == "classification" or bool(sample["labels"].any())
 
 
 def _statistics(

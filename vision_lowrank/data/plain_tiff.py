@@ -14,9 +14,9 @@ _ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _LETTERS = {3: "H", 4: "I"}
 # unsigned, signed, floating
 _KINDS = {1: "u", 2: "i", 3: "f"}
-_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _OFFSETS, _SAMPLES, _COUNTS, _FORMAT = (
+_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _OFFSETS, _SAMPLES, _COUNTS, _FORMAT, _NODATA = (
     *(254, 256, 257, 258, 259, 273, 277, 279),
-    339,
+    *(339, 42113),
 )
 
 Entry = tuple[int, int, int]
@@ -27,7 +27,7 @@ def read_plain_pages(content: bytes) -> np.ndarray | None:
 
     Returns:
         None for any other TIFF, damaged ones among them: compressed, tiled, several samples a pixel, pages that are
-        unlike, reduced copies or masks, larger than 4 GB.
+        unlike, reduced copies or masks, with a value that means none, larger than 4 GB.
     """
     order = _ORDERS.get(content[:4])
     if order is None:
@@ -60,7 +60,7 @@ def _read_page(content: bytes, order: str, entries: Mapping[int, Entry]) -> np.n
         (value,) = _numbers(content, order, entries[tag])
         return value
 
-    if (one(_COMPRESSION, 1), one(_SAMPLES, 1), one(_SUBFILE, 0) & ~2) != (1, 1, 0):
+    if _NODATA in entries or (one(_COMPRESSION, 1), one(_SAMPLES, 1), one(_SUBFILE, 0) & ~2) != (1, 1, 0):
         raise ValueError("not a plain page")
     shape = (one(_HEIGHT), one(_WIDTH))
     dtype = np.dtype(f"{order}{_KINDS[one(_FORMAT, 1)]}{one(_BITS) // 8}")

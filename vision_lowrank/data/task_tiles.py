@@ -18,7 +18,7 @@ from vision_lowrank.errors import DataError
 
 
 def read_image(card: TaskCard, store: Store, name: str) -> np.ndarray:
-    """Returns the optical tile as float32 (channels, height, width) in the units of the files.
+    """Returns the optical tile as float32 (channels, height, width) in the files' units, NaN where one is missing.
 
     Args:
         card: says which bands there are, and the side of a tile where it is known.
@@ -38,10 +38,11 @@ def read_radar(card: TaskCard, store: Store, name: str) -> np.ndarray:
 
 def _read_bands(card: TaskCard, store: Store, name: str, bands: Sequence[str]) -> np.ndarray:
     if name in store.names:
-        image = read_tiff(store.read(name), len(bands), f"{store.where}: {name}")
+        image = read_tiff(store.read(name), len(bands), f"{store.where}: {name}", blank=True)
     else:
         files = band_files(name, bands)
-        image = np.concatenate([read_tiff(store.read(file), 1, f"{store.where}: {file}", card.side) for file in files])
+        parts = [read_tiff(store.read(file), 1, f"{store.where}: {file}", card.side, blank=True) for file in files]
+        image = np.concatenate(parts)
     if card.side is not None and image.shape[1] != card.side:
         raise DataError(f"{store.where}: {name} has a side of {image.shape[1]} pixels, the card says {card.side}")
     return np.ascontiguousarray(image, np.float32)
@@ -65,7 +66,7 @@ def read_mask(card: TaskCard, store: Store, name: str) -> np.ndarray:
     return np.asarray([known[value] for value in values.tolist()], np.int64)[inverse]
 
 
-def read_tiff(content: bytes, channels: int, where: str, side: int | None = None) -> np.ndarray:
+def read_tiff(content: bytes, channels: int, where: str, side: int | None = None, blank: bool = False) -> np.ndarray:
     """Returns a square TIFF as (channels, height, width) in the type of the file.
 
     Bands may be the samples of one page, pages of their own, or the columns of pages that hold one row of the image
@@ -76,6 +77,7 @@ def read_tiff(content: bytes, channels: int, where: str, side: int | None = None
         channels: number of bands.
         where: file, for messages.
         side: rows and columns to resample to, bilinearly; None for those of the file.
+        blank: put NaN where the file has the value that it declares to mean none, which makes it float32.
 
     Raises:
         DataError: the file is damaged, has another number of bands, or its axes cannot be told apart.
@@ -97,8 +99,8 @@ def read_tiff(content: bytes, channels: int, where: str, side: int | None = None
                 shape = (len(pages) or first.count, first.height, first.width)
                 axes = _axes(shape, channels, where)
                 if not pages:
-                    return rearrange(_read_page(first, side), f"{axes} -> channels height width")
-            return rearrange(np.concatenate(list(_read_pages(pages, side))), f"{axes} -> channels height width")
+                    return rearrange(_read_page(first, side, blank), f"{axes} -> channels height width")
+            return rearrange(np.concatenate(list(_read_pages(pages, side, blank))), f"{axes} -> channels height width")
     except (RasterioError, OSError, ValueError) as error:
         raise damaged from error
 
@@ -113,13 +115,17 @@ def _axes(shape: Sequence[int], channels: int, where: str) -> str:
     return "channels height width" if first else "height width channels"
 
 
-def _read_pages(names: Sequence[str], side: int | None) -> Iterator[np.ndarray]:
+def _read_pages(names: Sequence[str], side: int | None, blank: bool) -> Iterator[np.ndarray]:
     for name in names:
         with rasterio.open(name, driver="GTiff") as page:
-            yield _read_page(page, side)
+            yield _read_page(page, side, blank)
 
 
-def _read_page(page: DatasetReader, side: int | None) -> np.ndarray:
+def _read_page(page: DatasetReader, side: int | None, blank: bool) -> np.ndarray:
     if side is None:
-        return page.read()
-    return page.read(out_shape=(page.count, side, side), resampling=Resampling.bilinear)
+        values = page.read()
+    else:
+        values = page.read(out_shape=(page.count, side, side), resampling=Resampling.bilinear)
+    if not blank or page.nodata is None:
+        return values
+    return np.where(values == page.nodata, np.float32(np.nan), values.astype(np.float32))
