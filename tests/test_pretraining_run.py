@@ -202,9 +202,10 @@ def test_wrong_options_end_before_work(configure, tmp_path):
             train(configure(f"model.{name}=0"))
     with pytest.raises(ConfigError, match="seed is -1; give at least 0"):
         train(configure("data.sources.indian_pines.seed=-1"))
-    with pytest.raises(ConfigError, match="the images have none"):
-        train(configure("task.modal_mode=radar"))
     before = set(tmp_path.rglob("*"))
+    for mode in ("radar", "all", "random"):
+        with pytest.raises(ConfigError, match="the images have none"):
+            train(configure(f"task.modal_mode={mode}"))
     with pytest.raises(ConfigError, match=r"a step may have 2 of 12 channels, of which channel_mask_ratio 0\.6 leaves"):
         train(configure("task.channel_sampling=[0.1,0.9]", "model.channel_mask_ratio=0.6"))
     with pytest.raises(ConfigError, match=r"a step may have 12 of 12 channels, .* 0\.95 leaves none visible"):

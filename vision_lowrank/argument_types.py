@@ -33,7 +33,7 @@ def wrong_argument(target: Callable[..., Any], given: Mapping[str, Any]) -> str 
     return None
 
 
-def check_least(least: int, **values: int) -> None:
+def check_least(least: int, **values: float) -> None:
     """Refuses numbers that are too small.
 
     Raises:
@@ -42,6 +42,17 @@ def check_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ConfigError(f"{name} is {value}; give at least {least}")
+
+
+def check_share(**values: float) -> None:
+    """Refuses numbers that are no shares of something of which a part has to be left.
+
+    Raises:
+        ConfigError: a value is below 0, or 1 or above; it is named.
+    """
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name} is {value}; give a share from 0 up to, but not, 1")
 
 
 def fits(hint: Any, value: Any) -> bool:

@@ -219,6 +219,11 @@ def test_masks_that_leave_nothing_and_ranks_of_nothing_are_refused():
         tiny(mask_ratio=1)
     with pytest.raises(ConfigError, match="interpolation_rank is 0; give at least 1, or null"):
         tiny(interpolation_rank=0)
+    # the root of a negative variance
+    with pytest.raises(ConfigError, match="variance_floor is -1; give at least 0"):
+        tiny(variance_floor=-1)
+    with pytest.raises(ConfigError, match="decoder_depth is -2; give at least 0"):
+        tiny(decoder_depth=-2)
 
 
 @pytest.mark.parametrize(

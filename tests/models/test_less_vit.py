@@ -262,6 +262,13 @@ def test_parameter_counts_are_those_published(name, options, millions):
     assert sum(counted) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
+def test_sizes_and_channels_of_images_that_others_ask_for_are_passed_over():
+    with torch.device("meta"):
+        model = timm.create_model("less_vit_tiny", img_size=224, in_chans=13, depth=1)
+    assert "img_size" not in model.settings
+    assert "in_chans" not in model.settings
+
+
 def test_saved_model_and_checkpointed_gradients_are_the_same(tmp_path):
     model = tiny(field_radius=25.0).float()
     model.save_pretrained(tmp_path)
@@ -380,6 +387,14 @@ def test_wrong_images_and_settings():
         ({"attention": "additive", "channel_dim_per_head": 32}, "channel_dim_per_head is 32; a head has 16: give that"),
         ({"attention": "full", "embed_dim": 64}, "embed_dim is 64; give a multiple of num_heads, 3"),
         ({"embed_dim": 66, "channel_dim_per_head": 2}, "embed_dim is 66; embedding=sincos needs a multiple of 4"),
+        # not even itself would a position see
+        ({"field_radius": -5}, "field_radius is -5; give at least 0"),
+        ({"num_classes": -1}, "num_classes is -1; give at least 0"),
+        ({"drop_rate": 2.0}, "drop_rate is 2.0; give a share from 0 up to, but not, 1"),
+        ({"attn_drop_rate": -0.1}, "attn_drop_rate is -0.1; give a share"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; give a share"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio is 0.01; of a width of 48 that leaves nothing"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio is -1.0; of a width of 48 that leaves nothing"),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(**options)

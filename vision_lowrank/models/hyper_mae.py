@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vision_lowrank.argument_types import check_least
+from vision_lowrank.argument_types import check_least, check_share
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.grid_block import Block, initialise, make_attention, make_context, turned_widths
 from vision_lowrank.models.layers.low_rank_interpolation import LowRankInterpolation
@@ -67,8 +67,9 @@ class HyperMAE(nn.Module):
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
         decoder_channel_dim_per_head: see `LessViT`.
-        mask_ratio: share of the positions that are hidden.
-        channel_mask_ratio: share of the channels that are hidden.
+        mask_ratio: share of the positions that are hidden; of n, int(n * (1 - share)) are kept, as in the original, which
+            in floating numbers is 3 of 20 at 0.8.
+        channel_mask_ratio: share of the channels that are hidden, likewise.
         normalise_targets: standardise each target patch, so that its contrast counts and not its level.
         variance_floor: added to a patch's variance when it is standardised, in squared units of the input; keeps noise
             in flat patches from counting like a pattern.
@@ -78,8 +79,8 @@ class HyperMAE(nn.Module):
             start from mask tokens alone, as the paper.
 
     Raises:
-        ConfigError: a share is not between 0 and 1, a width, a number of heads or a rank below 1, or the encoder's
-            embedding cannot have the decoder's widths.
+        ConfigError: a share is not between 0 and 1, a width, a number of heads or a rank below 1, a depth or the floor
+            below 0, or the encoder's embedding cannot have the decoder's widths.
     """
 
     def __init__(
@@ -97,9 +98,8 @@ class HyperMAE(nn.Module):
         interpolation_rank: int | None = None,
     ) -> None:
         super().__init__()
-        for name, share in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"{name} is {share}; give a share from 0 up to, but not, 1")
+        check_share(mask_ratio=mask_ratio, channel_mask_ratio=channel_mask_ratio)
+        check_least(0, decoder_depth=decoder_depth, variance_floor=variance_floor)
         check_least(1, decoder_dim=decoder_dim, decoder_heads=decoder_heads)
         check_least(1, decoder_channel_dim_per_head=decoder_channel_dim_per_head)
         if interpolation_rank is not None and interpolation_rank < 1:

@@ -23,7 +23,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision_lowrank.argument_types import check_least
+from vision_lowrank.argument_types import check_least, check_share
 from vision_lowrank.data.bands import SHORTEST_NANOMETRES, check_wavelengths
 from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.models.layers.embeddings import (
@@ -136,6 +136,10 @@ class LessViT(
                 raise ConfigError(f"{name} is {given!r}; it can be {' or '.join(known)}")
         check_least(1, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_least(1, channel_dim_per_head=channel_dim_per_head, rank=rank)
+        check_least(0, num_classes=num_classes, field_radius=field_radius or 0)
+        check_share(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        if int(embed_dim * mlp_ratio) < 1:
+            raise ConfigError(f"mlp_ratio is {mlp_ratio}; of a width of {embed_dim} that leaves nothing, give more")
         self.patch_size = patch_size
         self.num_features = self.head_hidden_size = embed_dim
         self.feature_info = [
@@ -528,7 +532,8 @@ def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str,
     model: LessViT = build_model_with_cfg(
         *(LessViT, name, pretrained),
         feature_cfg={"out_indices": 3, "feature_cls": LessFeatures},
-        kwargs_filter=("in_chans",),
+        # what other models have to be told of images
+        kwargs_filter=("in_chans", "img_size"),
         **(sizes | given),
     )
     return model

@@ -173,17 +173,22 @@ class HyperMAEPretraining(L.LightningModule):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def check_channels(self, name: str, count: int) -> None:
-        """Refuses images of which a step could see no channel.
+        """Refuses optical images of which a step could see no channel.
 
         Args:
             name: of their source, for errors.
             count: of their channels.
 
         Raises:
-            ConfigError: the least share of `channel_sampling` and `channel_mask_ratio` leave none.
+            ConfigError: the least share of `channel_sampling` and `channel_mask_ratio` leave none, or a pass sees radar
+                alone.
         """
+        if self.modal_mode not in ("optical", "multi"):
+            raise ConfigError(
+                f"task.modal_mode={self.modal_mode} sees radar, but of source {name} the images have none; use optical"
+            )
         least = count if self.channel_sampling is None else sampled_count(count, self.channel_sampling[0])
-        if self.modal_mode != "radar" and self.model.visible_channels(least) < 1:
+        if self.model.visible_channels(least) < 1:
             raise ConfigError(
                 f"source {name}: a step may have {least} of {count} channels, of which channel_mask_ratio "
                 f"{self.model.channel_mask_ratio} leaves none visible; lower it, or raise the least share of "
