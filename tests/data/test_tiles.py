@@ -405,6 +405,41 @@ def test_files_of_another_sensor_are_refused(folder, open_folder, tmp_path, opti
         open_folder()
 
 
+@pytest.mark.parametrize("change", [{"scales": (1, 1, 1e-4)}, {"offsets": (0, -1000, 0)}])
+def test_files_in_other_units_are_refused(folder, open_folder, tmp_path, change):
+    for number, name in enumerate(folder):
+        with rasterio.open(tmp_path / "scenes" / name, "r+") as file:
+            for key, values in change.items():
+                setattr(file, key, values)
+        if number < 9:
+            with pytest.raises(
+                DataError, match=r"\.tif: scales or offsets of bands differ from \S+0\.tif's; bring all"
+            ):
+                open_folder()
+    # all alike, as the files hold them
+    source = open_folder()
+    assert np.array_equal(source.read(0), folder["0.tif"][:, :8, :8])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": -1}, "group is -1; give at least 0"),
+        ({"group": 1}, r"scenes: group is 1, but \S+/scenes/0\.tif lies in fewer folders; lower it"),
+        ({"group": 3}, "group is 3, but"),
+        ({"gsd": 0}, "scenes: gsd is 0; give the size of a pixel in metres, above 0"),
+        ({"gsd": -10.0}, "gsd is -10"),
+        ({"max_bad": -0.1}, "scenes: max_bad is -0.1; give a share of the files, from 0 to 1"),
+        ({"max_bad": 2}, "max_bad is 2"),
+        ({"pattern": "/etc/*"}, r"scenes: pattern is '/etc/\*' .*; give one below root"),
+        ({"pattern": ""}, "pattern is ''"),
+    ],
+)
+def test_options_that_no_folder_suits_are_refused(folder, open_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        open_folder(**options)
+
+
 def test_a_pattern_that_matches_nothing_is_named(folder, open_folder):
     with pytest.raises(DataError, match=r"scenes: no files match '\*\.tiff'; correct root or pattern"):
         open_folder(pattern="*.tiff")

@@ -232,6 +232,7 @@ class _Header:
         bands: all bands, None where one has no wavelength.
         low: least value of each band in the first tile, float32 (channels,), inf without any.
         high: likewise the greatest, -inf without any.
+        scaling: factor and summand of each band that make its numbers the quantity, as the file declares them.
     """
 
     shape: tuple[int, int]
@@ -239,6 +240,7 @@ class _Header:
     bands: Bands | None
     low: np.ndarray
     high: np.ndarray
+    scaling: tuple[tuple[float, float], ...]
 
 
 class GeoTiffFolder(TileSource):
@@ -283,6 +285,11 @@ class GeoTiffFolder(TileSource):
         max_bad: float = 0.01,
     ) -> None:
         super().__init__(size, stride, validation, test, seed)
+        check_least(0, group=group)
+        if gsd is not None and not 0 < gsd < math.inf:
+            raise ConfigError(f"{root}: gsd is {gsd}; give the size of a pixel in metres, above 0")
+        if not 0 <= max_bad <= 1:
+            raise ConfigError(f"{root}: max_bad is {max_bad}; give a share of the files, from 0 to 1")
         self.root = Path(root)
         self.pattern = pattern
         self.group = group
@@ -303,11 +310,17 @@ class GeoTiffFolder(TileSource):
         """Tries every file, divides them and settles on the bands; once."""
         if self._items:
             return
-        paths = sorted(self.root.glob(self.pattern))
+        try:
+            paths = sorted(self.root.glob(self.pattern))
+        except (ValueError, NotImplementedError) as error:
+            raise ConfigError(f"{self.root}: pattern is {self.pattern!r} ({error}); give one below root") from error
         found = [path for path in paths if (path.is_file() if self.band_files is None else path.is_dir())]
         what = "files" if self.band_files is None else "folders"
         if not found:
             raise DataError(f"{self.root}: no {what} match {self.pattern!r}; correct root or pattern")
+        # each would be a group of its own
+        if shallow := [path for path in found if len(path.relative_to(self.root).parts) <= self.group]:
+            raise ConfigError(f"{self.root}: group is {self.group}, but {shallow[0]} lies in fewer folders; lower it")
         self._found = len(found)
         headers = self._examine_all(found)
         self._check_damaged()
@@ -423,12 +436,13 @@ class GeoTiffFolder(TileSource):
                         if (low <= high).any():
                             break
                 bands = None if self.wavelengths is not None else _join(files, path)
-                return _Header(finest.shape, _metres(finest), bands, low, high)
+                scaling = tuple(pair for file in files for pair in zip(file.scales, file.offsets, strict=True))
+                return _Header(finest.shape, _metres(finest), bands, low, high, scaling)
         except (RasterioError, ValueError, DataError) as error:
             return _detail(error)
 
     def _check_alike(self, headers: dict[Path, _Header]) -> Bands:
-        """Returns the bands that all files have, after comparing number, wavelengths and pixel size; sets `gsd`."""
+        """Returns the bands that all files have, after comparing number, units, wavelengths, pixel size; sets `gsd`."""
         model, first = next(iter(headers.items()))
         bands = first.bands if self.wavelengths is None else Bands(self.wavelengths)
         if bands is None:
@@ -440,6 +454,8 @@ class GeoTiffFolder(TileSource):
         for path, header in headers.items():
             if len(header.low) != len(bands):
                 raise DataError(f"{path}: {len(header.low)} bands, not {len(bands)} like the wavelengths; correct them")
+            if header.scaling != first.scaling:
+                raise DataError(f"{path}: scales or offsets of bands differ from {model}'s; bring all to one unit")
             if self.wavelengths is None and not (
                 header.bands and np.allclose(header.bands.wavelengths, bands.wavelengths, rtol=TOLERANCE)
             ):

@@ -67,8 +67,8 @@ class HyperMAE(nn.Module):
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
         decoder_channel_dim_per_head: see `LessViT`.
-        mask_ratio: share of the positions that are hidden; of n, int(n * (1 - share)) are kept, as in the original, which
-            in floating numbers is 3 of 20 at 0.8.
+        mask_ratio: share of the positions that are hidden; of n, int(n * (1 - share)) are kept, as in the original,
+            which in floating numbers is 3 of 20 at 0.8.
         channel_mask_ratio: share of the channels that are hidden, likewise.
         normalise_targets: standardise each target patch, so that its contrast counts and not its level.
         variance_floor: added to a patch's variance when it is standardised, in squared units of the input; keeps noise
