@@ -373,5 +373,8 @@ def test_options_that_do_not_suit_the_data_are_told_before_work(configure, tmp_p
     card = write_small_card("eurosat", tmp_path)
     five = "benchmark.protocols.knn.neighbours=[1,5]"
     refuse(configure, tmp_path, card, ConfigError, "neighbours has 5: .* has 4 training images at a share of 1; ", five)
+    (tmp_path / "copy").mkdir()
+    both = f"{card},{write_small_card('eurosat', tmp_path / 'copy', gsd=20.0)}"
+    refuse(configure, tmp_path, both, ConfigError, r"tasks: \S+copy/eurosat\.yaml is the second called eurosat; rename")
     small_tiles = write_small_card("eurosat", tmp_path, side=None, protocol={"crop": 12})
     refuse(configure, tmp_path, small_tiles, DataError, "a tile of 8 x 8 pixels has no middle of 12")

@@ -82,9 +82,11 @@ def run_raster_benchmark(config: DictConfig) -> Path:
     check_tasks(asked)
     tasks = Tasks(present_tasks(asked), options)
     neighbours = max(options["protocols"].get("knn", {}).get("neighbours", []), default=0)
-    files = {}
+    files: dict[str, Any] = {}
     for name in tasks.tasks:
         opened = tasks.prepare(name, options["seeds"][0], neighbours)
+        if opened.data.name in files:
+            raise ConfigError(f"tasks: {name} is the second called {opened.data.name}; rename it, or run it apart")
         heads = {_head(options, protocol, opened) for protocol in options["protocols"]}
         try_encoders(encoders, opened, heads, options["seeds"][0])
         files[opened.data.name] = dict(opened.data.files)

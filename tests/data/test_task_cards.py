@@ -201,6 +201,7 @@ def test_missing_knows_archives_parts_and_unpacked_folders(make_card, tmp_path):
     [
         ({"kind": "classificaton"}, "kind is 'classificaton', did you mean classification?; it can be classification"),
         ({"metric": "miou"}, "metric is 'miou'"),
+        ({"metric": "macro_miou"}, "metric is 'macro_miou'; it can be accuracy"),
         ({"layouts": ["csv"]}, "layouts is 'csv'"),
         ({"layouts": []}, "layouts lists that are not empty"),
         ({"name": "a/b"}, "name 'a/b' is also a folder's"),

@@ -18,8 +18,8 @@ from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError, DataError
 from vision_lowrank.records import nearest, read_record
 
-KINDS = ("classification", "multilabel", "segmentation")
-METRICS = ("accuracy", "micro_map", "macro_miou")
+# what ranks the models of each kind of task
+METRICS = {"classification": "accuracy", "multilabel": "micro_map", "segmentation": "macro_miou"}
 SENSORS = ("optical", "radar")
 HEADS = ("linear", "upernet")
 LAYOUTS = ("metadata_csv", "eurosat_lists", "bigearthnet_lists")
@@ -250,7 +250,11 @@ def _suffix(number: int) -> str:
 
 def _check(card: TaskCard, where: str) -> None:
     heads = HEADS if card.kind == "segmentation" else HEADS[:1]
-    choices = [("kind", card.kind, KINDS), ("metric", card.metric, METRICS), ("head", card.protocol.head, heads)]
+    choices = [
+        ("kind", card.kind, tuple(METRICS)),
+        ("metric", card.metric, (METRICS.get(card.kind, ""),)),
+        ("head", card.protocol.head, heads),
+    ]
     for field, value, known in [*choices, *(("layouts", layout, LAYOUTS) for layout in card.layouts)]:
         if value not in known:
             raise DataError(f"{where}: {field} is {value!r}{nearest(value, known)}; it can be {', '.join(known)}")
