@@ -10,6 +10,7 @@ from vision_lowrank.data.augmentation import (
     mixup,
     random_symmetries,
     sample_channels,
+    sampled_count,
 )
 from vision_lowrank.errors import ConfigError
 
@@ -66,13 +67,17 @@ def test_a_share_of_the_channels_keeps_their_wavelengths():
         sampled = sample_channels(given, (0.2, 0.4))
         chosen = torch.searchsorted(given["wavelengths"][0].contiguous(), sampled["wavelengths"][0].contiguous())
         assert torch.equal(sampled["image"], given["image"][:, chosen])
-        assert chosen.unique().numel() == len(chosen)
+        # each once, in their order
+        assert (chosen.diff() > 0).all()
         assert torch.equal(sampled["label"], given["label"])
         counts.add(len(chosen))
     assert min(counts) >= 4
     assert max(counts) <= 8
     assert len(counts) > 2
     assert sample_channels(given, None) is given
+    # never a single one, where there are two
+    assert sample_channels(given, (0.01, 0.02))["image"].shape[1] == 2
+    assert [sampled_count(count, 0.1) for count in (1, 2, 20, 35, 36)] == [1, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("shares", [(0.4, 0.2), (0, 0.5), (0.5, 1.2), (0.5,)])

@@ -395,6 +395,9 @@ def test_a_tile_below_the_crop_is_told_where_the_card_states_no_side(eurosat):
     eurosat.files[eurosat.rows[8]["optical_path"]] = samples_tiff(np.ones((13, SIDE + 1, SIDE + 1), np.uint16))
     eurosat.write()
     read_through(eurosat.card, eurosat.root, 0)
+    larger = dataclasses.replace(eurosat.card, protocol=dataclasses.replace(crop, crop=SIDE + 1))
+    with pytest.raises(DataError, match=r"EuroSAT/optical/tile0_0\.tif has a side of 8 pixels, below .* crop of 9"):
+        read_through(larger, eurosat.root, 0)
     eurosat.files[eurosat.rows[8]["optical_path"]] = samples_tiff(np.ones((13, SIDE - 1, SIDE - 1), np.uint16))
     eurosat.write()
     with pytest.raises(DataError, match=r"EuroSAT/optical/tile2_2\.tif has a side of 7 pixels, below .* crop of 8"):

@@ -56,6 +56,10 @@ def test_middle_is_cut_of_image_and_mask():
     sample = crop_middle(data, 4).train[2]
     assert torch.equal(sample["image"], data.train.images[2, :, 1:5, 1:5])
     assert torch.equal(sample["mask"], data.train.masks[2, 1:5, 1:5])
+    # where one pixel more is left over on a side, it is after the middle, along both sides
+    sample = crop_middle(data, 3).train[2]
+    assert torch.equal(sample["image"], data.train.images[2, :, 1:4, 2:5])
+    assert torch.equal(sample["mask"], data.train.masks[2, 1:4, 2:5])
     with pytest.raises(DataError, match="a tile of 6 x 7 pixels has no middle of 7"):
         crop_middle(data, 7).train[0]
 

@@ -114,6 +114,8 @@ def test_radar_has_the_wavelengths_of_the_original_and_an_image_needs_its_own(lo
         close(encoder.forward_tokens(None, None, spec["spatial_resolution"], radar), others["out.radar_tokens"])
     with pytest.raises(DataError, match=r"image channels .* come without wavelengths"):
         encoder.forward_tokens(others["in.optical"], None, 10, radar)
+    with pytest.raises(DataError, match=r"image channels \(2, 6, 32, 32\) have wavelengths \(5,\); give as many"):
+        encoder.forward_tokens(others["in.optical"], torch.arange(400.0, 900.0, 100.0), 10)
     with pytest.raises(DataError, match="neither an image nor radar"):
         encoder.forward_tokens(None, None, 10)
     state, others, spec = load("less_b")
@@ -161,6 +163,15 @@ def test_what_does_not_fit_is_refused(load):
     with pytest.raises(CheckpointError, match=re.compile(r"not of this configuration.*norm\.weight", re.DOTALL)):
         official.less_vit(state, spec)
     state, others, spec = load("less_mae")
+    for name in ("mask_ratio", "channel_mask_ratio"):
+        with pytest.raises(ConfigError, match=f"the specification lacks {name}; take it from the same run"):
+            official.hyper_mae(state, {key: value for key, value in spec.items() if key != name})
+    name = "decoder_channel_embed_dims_per_head"
+    config = {key: value for key, value in spec["config"].items() if key != name}
+    with pytest.raises(ConfigError, match=f"configuration lacks {name}"):
+        official.hyper_mae(state, spec | {"config": config})
+    with pytest.raises(ConfigError, match="modal is 'infrared'; it can be optical, radar, multi, or None"):
+        official.hyper_mae(state, spec | {"modal": "infrared"})
     with pytest.raises(ConfigError, match="1 noise tensors; this model takes 2 for each of optical"):
         official.hyper_mae(state, spec).loss(
             others["in.optical"], torch.tensor(spec["wavelengths"]), 10, [torch.rand(2, 6)]

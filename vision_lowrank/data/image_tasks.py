@@ -229,7 +229,8 @@ def read_through(card: TaskCard, root: str | Path, num_workers: int, sensors: Se
             or a tile is too small to be cropped, or none of a subset has a label.
     """
     task = open_task(card, root, sensors=sensors)
-    note = card.folders(root)[0] / ".cache" / f"read-{task.fingerprint[:16]}.json"
+    what = digest(card, task.train.store, task.fingerprint, card.protocol.crop)
+    note = card.folders(root)[0] / ".cache" / f"read-{what[:16]}.json"
     if note.is_file():
         return
     for name in SUBSETS:

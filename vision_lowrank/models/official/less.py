@@ -30,6 +30,7 @@ _RENAMED = (
 _SCALED = (0.0, 1.0)
 # what the original calls the wavelengths of radar channels, VV and VH
 _RADAR = (5500.0, 5700.0)
+_ALL_PASSES: tuple[Seen, ...] = ("optical", "radar", "multi")
 
 
 class OfficialKroneckerAttention(nn.Module):
@@ -75,7 +76,7 @@ class OfficialLessViT(nn.Module):
         channels have the numbers of the original where none are given.
 
         Raises:
-            DataError: channels without wavelengths.
+            DataError: channels without wavelengths, or with another number of them.
         """
         return self.model.encode(_cut(self.model, image, wavelengths, gsd, radar, radar_wavelengths))
 
@@ -116,7 +117,7 @@ class OfficialHyperMAE(nn.Module):
 
         Raises:
             ConfigError: not two noise tensors a pass, or nothing stays visible.
-            DataError: channels without wavelengths.
+            DataError: channels without wavelengths, or with another number of them.
         """
         if radar is not None and radar_wavelengths is None and self.radar_wavelengths is not None:
             radar_wavelengths = torch.tensor(self.radar_wavelengths)
@@ -170,7 +171,12 @@ def hyper_mae(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Offi
         ConfigError: see `kronecker_attention`.
         CheckpointError: see there.
     """
-    config = _config(spec, "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")
+    needed = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_channel_embed_dims_per_head")
+    config = _config(spec, *needed, "norm_pix_loss")
+    if absent := [name for name in ("mask_ratio", "channel_mask_ratio") if name not in spec]:
+        raise ConfigError(f"the specification lacks {', '.join(absent)}; take it from the same run")
+    if spec.get("modal") not in (None, *_ALL_PASSES):
+        raise ConfigError(f"modal is {spec['modal']!r}; it can be {', '.join(_ALL_PASSES)}, or None for all three")
     model = HyperMAE(
         _encoder(spec),
         decoder_dim=config["decoder_embed_dim"],
@@ -184,7 +190,7 @@ def hyper_mae(state_dict: Mapping[str, Tensor], spec: Mapping[str, Any]) -> Offi
         decoder_rotation=False,
     )
     _load(model, _converted(state_dict, model))
-    passes: Sequence[Seen] = ("optical", "radar", "multi") if spec.get("modal") is None else (spec["modal"],)
+    passes: Sequence[Seen] = _ALL_PASSES if spec.get("modal") is None else (spec["modal"],)
     return OfficialHyperMAE(model, passes, spec.get("radar_wavelengths")).eval()
 
 
@@ -277,7 +283,12 @@ def _cut(
             if given is None:
                 raise DataError(f"{kind} channels {tuple(part.shape)} come without wavelengths; give one for each")
             parts.append(part)
-            values.append(torch.as_tensor(given, dtype=torch.float32).expand(part.shape[:2]))
+            told = torch.as_tensor(given, dtype=torch.float32)
+            if told.shape[-1:] != part.shape[1:2]:
+                raise DataError(
+                    f"{kind} channels {tuple(part.shape)} have wavelengths {tuple(told.shape)}; give as many"
+                )
+            values.append(told.expand(part.shape[:2]))
     if not parts:
         raise DataError("neither an image nor radar channels are given")
     pixels = torch.cat(parts, 1)
