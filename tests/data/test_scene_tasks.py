@@ -99,8 +99,11 @@ def test_what_cannot_be_divided_is_refused(card):
     path, root, *_ = card
     with pytest.raises(ConfigError, match="side=5, block=16"):
         scene_task(path, root, "classification", side=5, seed=0)
-    with pytest.raises(ConfigError, match="leave nothing"):
-        scene_task(path, root, "classification", side=4, seed=0, shares=(0.9, 0.1))
+    for shares in ((0.9, 0.1), (0.5,), (0.5, 0.0), (0.2, 0.2, 0.2)):
+        with pytest.raises(ConfigError, match="leave nothing"):
+            scene_task(path, root, "classification", side=4, seed=0, shares=shares)
+    with pytest.raises(ConfigError, match="seed is -1; give at least 0"):
+        scene_task(path, root, "classification", side=4, seed=-1)
     with pytest.raises(DataError, match="none of 1000 divisions of 1 blocks"):
         scene_task(path, root, "classification", side=4, seed=0, block=48)
     with pytest.raises(DataError, match="no labelled tile of 64 x 64"):

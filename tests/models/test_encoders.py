@@ -126,6 +126,8 @@ def test_band_statistics_are_those_of_numpy():
     np.testing.assert_allclose(checked_image_features(encoder, image, WAVELENGTHS[:3], 10.0), expected, atol=1e-6)
     with pytest.raises(ConfigError, match=r"BandStatistics: .*\(2, 16\), not \(2, 12\)"):
         checked_image_features(encoder, normal(2, 4, 8, 8), WAVELENGTHS[:4], 10.0)
+    with pytest.raises(ConfigError, match="patch_size is 0; give at least 1"):
+        BandStatistics(0)
 
 
 def test_select_takes_the_bands_of_each_sample_that_are_nearest():
@@ -247,6 +249,7 @@ def test_timm_weights_come_from_a_file_whole(tmp_path):
         (("less_vit_tiny", "select"), "no map of features by timm's contract"),
         (("test_vit", "tile"), "channels is 'tile'; it can be select, average or project"),
         (("test_vit", "select", True, "w.pt"), "pretrained=true and weights w.pt are both given"),
+        (("test_vit", "select", False, None, (665.0, 560.0, 492.0), 0), "patch_size is 0; give at least 1"),
     ],
 )
 def test_timm_refuses(arguments, message):
@@ -308,6 +311,9 @@ def test_channel_vit_is_plain_attention_over_channels_and_patches():
 def test_channel_vit_knows_channels_by_index():
     with pytest.raises(ConfigError, match="embed_dim is 14; give a multiple of num_heads, 3"):
         ChannelViT(embed_dim=14)
+    for name in ("patch_size", "embed_dim", "num_heads", "grid_size"):
+        with pytest.raises(ConfigError, match=f"{name} is 0; give at least 1"):
+            ChannelViT(**{name: 0})
     encoder, image = channel_vit(), normal(1, 3, 6, 11).double()
     features = checked_patch_features(encoder, image, WAVELENGTHS[:3], 10.0)
     assert features.shape == (1, 12, 2, 3)

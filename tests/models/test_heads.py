@@ -291,8 +291,9 @@ def test_refusals():
         AttentiveChannelPool(12, 5)
     with pytest.raises(ConfigError, match="given 3 widths"):
         UPerNetHead([8, 8, 8], 2, 8)
-    with pytest.raises(ConfigError, match="decoder_dim is 20; give a multiple of 8"):
-        UPerNetHead([8] * 4, 2, 8, decoder_dim=20)
+    for width in (20, 0, -8):
+        with pytest.raises(ConfigError, match=f"decoder_dim is {width}; give a multiple of 8"):
+            UPerNetHead([8] * 4, 2, 8, decoder_dim=width)
     with pytest.raises(ConfigError, match="at least 1"):
         LinearSegmentationHead(8, 0, 8)
     with pytest.raises(ConfigError, match="can be linear or upernet"):

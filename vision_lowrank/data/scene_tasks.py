@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.data.image_tasks import TaskData
 from vision_lowrank.data.scene import IGNORE, Scene, open_scene
 from vision_lowrank.data.task_index import SUBSETS
@@ -106,9 +107,10 @@ def scene_task(
             f"scene task: kind={kind!r}, side={side}, block={block}, every={every}; kind is classification or "
             "segmentation, side divides block, every is 1 or more"
         )
-    train, validation = shares
-    if min(train, validation) <= 0 or train + validation >= 1:
+    check_least(0, seed=seed)
+    if len(shares) != 2 or min(shares) <= 0 or sum(shares) >= 1:
         raise ConfigError(f"scene task: shares={list(shares)} leave nothing for one of training, validation and test")
+    train, validation = shares
     scene = open_scene(card, root)
     corners, truth = _tiles(scene, kind, side)
     owner = corners // block @ np.array([10**6, 1])

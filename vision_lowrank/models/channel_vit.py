@@ -15,6 +15,7 @@ from timm.layers import LayerNorm, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.encoders import pad_to_patches
 from vision_lowrank.models.heads import quarters
@@ -36,7 +37,7 @@ class ChannelViT(nn.Module):
         mlp_ratio: hidden width of the feed-forward relative to the width.
 
     Raises:
-        ConfigError: the heads do not divide the width.
+        ConfigError: a size is below 1, or the heads do not divide the width.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ChannelViT(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        check_least(1, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads, grid_size=grid_size)
         if embed_dim % num_heads:
             raise ConfigError(f"embed_dim is {embed_dim}; give a multiple of num_heads, {num_heads}")
         self.dim = embed_dim

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models.heads import quarters
 from vision_lowrank.models.less_vit import FREE_SETTINGS, LessViT
@@ -214,12 +215,16 @@ class BandStatistics(nn.Module):
 
     Args:
         patch_size: side of a patch in pixels.
+
+    Raises:
+        ConfigError: it is below 1.
     """
 
     name = "band_statistics"
 
     def __init__(self, patch_size: int) -> None:
         super().__init__()
+        check_least(1, patch_size=patch_size)
         self.patch_size = patch_size
         self.dim = 0
 

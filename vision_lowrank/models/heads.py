@@ -122,7 +122,7 @@ class UPerNetHead(nn.Module):
 
         if len(dims) != 4:
             raise ConfigError(f"UPerNet was given {len(dims)} widths, {list(dims)}; it takes four maps")
-        if decoder_dim % CHANNELS_OF_A_GROUP:
+        if decoder_dim < 1 or decoder_dim % CHANNELS_OF_A_GROUP:
             raise ConfigError(f"decoder_dim is {decoder_dim}; give a multiple of {CHANNELS_OF_A_GROUP}")
         self.patch_size = patch_size
         self.decoder_dim = decoder_dim

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from vision_lowrank.argument_types import check_least
 from vision_lowrank.errors import CheckpointError, ConfigError, DataError
 from vision_lowrank.models.encoders import pad_to_patches
 from vision_lowrank.models.heads import quarters
@@ -57,6 +58,8 @@ class TimmEncoder(nn.Module):
             raise ConfigError(f"channels is {channels!r}; it can be select, average or project")
         if pretrained and weights is not None:
             raise ConfigError(f"pretrained=true and weights {weights} are both given; give one of them")
+        if patch_size is not None:
+            check_least(1, patch_size=patch_size)
         self.model = _create_timm(model_name, pretrained)
         if weights is not None:
             _load_timm(self.model, weights)
