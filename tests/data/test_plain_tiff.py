@@ -31,6 +31,16 @@ def test_pages_are_those_that_pillow_reads(dtype):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_pages_that_say_that_they_are_pages_are_read():
+    """As tifffile marks them: 2 means a page of several, 1 a reduced copy."""
+    image = values(np.uint16)
+    for mark, expected in ((2, image), (1, None), (3, None)):
+        buffer = io.BytesIO()
+        first, *rest = [Image.fromarray(page) for page in image]
+        first.save(buffer, "TIFF", save_all=True, append_images=rest, tiffinfo={254: mark})
+        np.testing.assert_array_equal(read_plain_pages(buffer.getvalue()), expected)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32", "float64"])
 @pytest.mark.parametrize("options", [{"ENDIANNESS": "BIG"}, {"ENDIANNESS": "LITTLE"}, {"BLOCKYSIZE": 2}])
 def test_single_pages_are_those_that_gdal_reads(dtype, options):

@@ -35,6 +35,8 @@ def test_where_nothing_is_known_the_training_mean_is_filled_in(fill, image):
 
 
 def test_mean_of_what_is_shown(image, hidden_pixels):
+    # else the mean of all pixels of a plane would be that of the shown ones
+    image[:, hidden_pixels] += 50
     filled = fill_with_mean(image, HIDDEN_CHANNELS, hidden_pixels)
     for channel in (0, 1):
         shown = [image[channel, i, j] for i in range(6) for j in range(5) if not hidden_pixels[i, j]]
