@@ -191,6 +191,7 @@ def test_other_bands_are_tested_without_training_on_them(configure):
         ("benchmark.protocols.knn.neighbours=[5,500]", "neighbours has 500: classification has"),
         ("weights=somewhere", "has none to load"),
         ("benchmark.fractions=[0.1]", "task classification has none"),
+        ("benchmark.split=grouped", "benchmark.split=grouped: task classification has its own; use cards of tasks"),
         ("benchmark.bands={train: [400, 1000], test: [[1000, 2500]]}", "features of images"),
         ("benchmark.bands={train: [2300, 2500], test: []}", "no channel from 2300 to 2500"),
     ],

@@ -82,14 +82,14 @@ class Tasks:
             VisionLowRankError: an option does not suit the task, or its files are missing or contradict the card.
         """
         if isinstance(self.tasks, Mapping):
-            if fraction is not None:
-                wanted = self.options["fractions"]
-                raise ConfigError(f"benchmark.fractions={wanted}: task {name} has none; use cards of tasks")
-            if self.options["sensors"] != ["optical"]:
-                wanted = self.options["sensors"]
-                raise ConfigError(
-                    f"benchmark.sensors={wanted}: task {name} has optical images only; use cards of tasks"
-                )
+            for option, others, lacking in (
+                ("fractions", fraction is not None, "none"),
+                ("split", self.options["split"] == "grouped", "its own"),
+                ("sensors", self.options["sensors"] != ["optical"], "optical images only"),
+            ):
+                if others:
+                    wanted = self.options[option]
+                    raise ConfigError(f"benchmark.{option}={wanted}: task {name} has {lacking}; use cards of tasks")
             data: TaskData = instantiate(self.tasks[name], seed=seed)
             head = "linear"
         else:
