@@ -152,15 +152,28 @@ def test_a_vector_of_zeros_and_ones_is_not_taken_for_indices(tmp_path, label):
         made.open()
 
 
-def test_tiles_in_several_subsets_are_told(eurosat, caplog):
-    eurosat.rows[7]["optical_path"] = eurosat.rows[2]["optical_path"]
+@pytest.mark.parametrize(("places", "told"), [((2, 7), 1), ((2, 5), 1), ((5, 8), 1), ((0, 1), 0), ((8, 9), 0)])
+def test_tiles_in_several_subsets_are_told(eurosat, caplog, places, told):
+    first, second = places
+    eurosat.rows[second]["optical_path"] = eurosat.rows[first]["optical_path"]
     eurosat.open()
-    told = "eurosat: 1 tiles are in more than one of training, validation and test, first EuroSAT/optical/tile0_2.tif"
-    assert told in caplog.text
-    caplog.clear()
-    eurosat.rows[7]["optical_path"] = eurosat.rows[8]["optical_path"]
-    eurosat.open()
-    assert "more than one" not in caplog.text
+    image = eurosat.rows[first]["optical_path"]
+    message = f"eurosat: {told} tiles for training and validation are held out too, or of an image of the test, first "
+    assert (f"{message}EuroSAT/{image}; scores are too good" in caplog.text) == bool(told)
+    assert ("held out too" in caplog.text) == bool(told)
+
+
+def test_crops_of_an_image_of_the_test_are_told(tmp_path, caplog):
+    made = crops("dfc2020", tmp_path, 4, 9)
+    made.open()
+    # those in training and validation are known
+    assert "held out too" not in caplog.text
+    row = made.rows[-1]
+    name = "test/scene_p2_11.tif"
+    made.files[name] = made.files.pop(row["optical_path"])
+    row["optical_path"] = name
+    made.open()
+    assert "dfc2020: 9 tiles for training and validation are held out too, or of an image" in caplog.text
 
 
 def test_an_archive_of_something_else_is_told(eurosat):

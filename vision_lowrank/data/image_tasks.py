@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,10 +185,11 @@ def open_task(
         raise DataError(
             f"{store.where}: {lacking} samples without radar; use sensors=[optical], or get the archive again"
         )
-    if several := _in_several(subsets):
+    if leaks := _leaks(card, subsets):
         logger.warning(
-            "%s: %d tiles are in more than one of training, validation and test, first %s; scores are too good",
-            *(card.name, len(several), several[0]),
+            "%s: %d tiles for training and validation are held out too, or of an image of the test, first %s; scores "
+            "are too good",
+            *(card.name, len(leaks), leaks[0]),
         )
     mean, std = _statistics(card, store, subsets["train"], cache, sensors)
     subsets["train"] = share(card, subsets["train"], fraction, seed)
@@ -207,10 +207,18 @@ def open_task(
     )
 
 
-def _in_several(subsets: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Returns the tiles that more than one subset has, sorted."""
-    counts = Counter(image for rows in subsets.values() for image in {row.image for row in rows})
-    return sorted(image for image, count in counts.items() if count > 1)
+def _leaks(card: TaskCard, subsets: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Returns the tiles to train or validate on that share an image with the test, or to train and validate on.
+
+    Crops of one image in training and validation are not among them: the cards tell of these.
+    """
+    tested = {group_of(card, row) or row.image for row in subsets["test"]}
+    validated = {row.image for row in subsets["validation"]}
+    used = [*subsets["train"], *subsets["validation"]]
+    return sorted(
+        {row.image for row in used if (group_of(card, row) or row.image) in tested}
+        | {row.image for row in subsets["train"] if row.image in validated}
+    )
 
 
 def read_through(card: TaskCard, root: str | Path, num_workers: int, sensors: Sequence[str] = SENSORS[:1]) -> None:
