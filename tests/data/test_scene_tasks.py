@@ -47,7 +47,7 @@ def test_samples_are_what_the_scene_has_there(card, kind):
     places = data.train.corners
     pixels = np.concatenate([image[:, r : r + 4, c : c + 4].reshape(4, -1) for r, c in places], axis=1)
     mean, deviation = pixels.mean(1), pixels.std(1)
-    trained = set()
+    least, trained = 16, set()
     for row, column in places:
         trained |= set(np.unique(labels[row : row + 4, column : column + 4]).tolist()) - {-1}
     for samples in parts(data).values():
@@ -60,11 +60,44 @@ def test_samples_are_what_the_scene_has_there(card, kind):
             if kind == "classification":
                 known = truth[truth >= 0]
                 assert known.size >= 8
+                least = min(least, known.size)
                 assert int(sample["label"]) == np.bincount(known).argmax()
             else:
                 expected = np.where(np.isin(truth, sorted(trained)), truth, 255)
                 assert np.array_equal(sample["mask"], expected)
                 assert (expected != 255).any()
+    # tiles at the frame, of which half has a label, are in
+    assert kind == "segmentation" or least == 8
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_a_class_that_training_lacks_and_a_missing_value_do_not_count(card, kind):
+    path, root, image, labels = card
+    labels = labels + 1
+    labels[labels == 6] = 1
+    # in one block alone
+    labels[32:36, 40:44] = 6
+    np.save(Path(root, "labels.npy"), labels)
+    image[2, 33, 13] = np.nan
+    np.save(Path(root, "image.npy"), image)
+    tasks = [scene_task(path, root, kind, side=4, seed=seed, block=16) for seed in range(12)]
+    for data in tasks:
+        found = [
+            (row, column, sample)
+            for samples in parts(data).values()
+            for (row, column), sample in zip(samples.corners.tolist(), samples, strict=True)
+        ]
+        (hole,) = [sample["image"] for row, column, sample in found if (row, column) == (32, 12)]
+        assert (hole[:, 1, 1] == 0).all()
+        assert hole.isfinite().all()
+        assert (hole != 0).any(0).sum() == 15
+    trained = [[32, 40] in data.train.corners.tolist() for data in tasks]
+    assert len(set(trained)) == 2
+    for data, known in zip(tasks, trained, strict=True):
+        name = "label" if kind == "classification" else "mask"
+        held_out = [sample[name] for samples in (data.validation, data.test) for sample in samples]
+        assert not any((target == 5).any() for target in held_out)
+        assert any((sample[name] == 5).any() for sample in data.train) == known
 
 
 def test_whole_blocks_go_to_one_subset(card):

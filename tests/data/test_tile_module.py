@@ -242,6 +242,22 @@ def test_tiles_without_a_valid_pixel_give_way_to_the_next(caplog):
     assert "2 so far" in caplog.text
 
 
+def test_after_the_last_tile_comes_the_first():
+    values = numbered(20, 2)
+    values[[18, 19], 0] = np.nan
+    module = make({"a": ListedTiles(values, held_out=4)})
+    assert order(module, module.test_dataloader()) == [("a", [16, 17, 16]), ("a", [16])]
+
+
+def test_what_is_held_out_is_the_test_tiles_where_any_source_has_some():
+    tested, validated = ListedTiles(numbered(20, 2)), ListedTiles(numbered(14, 3))
+    module = make({"a": tested, "b": validated})
+    validated.test = validated.test[:0]
+    assert order(module, module.held_out_dataloader()) == [("a", [18, 19])]
+    tested.test = tested.test[:0]
+    assert order(module, module.held_out_dataloader()) == [("a", [16, 17]), ("b", [10, 11])]
+
+
 def test_sources_without_a_valid_pixel_are_refused():
     values = numbered(9, 2)
     values[:5, 0] = np.nan

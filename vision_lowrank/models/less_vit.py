@@ -529,11 +529,12 @@ class LessFeatures(FeatureGetterNet):
 
 
 def _create(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> LessViT:
+    # what other models have to be told of images
+    passed_over: Any = ("in_chans", "img_size")
     model: LessViT = build_model_with_cfg(
         *(LessViT, name, pretrained),
         feature_cfg={"out_indices": 3, "feature_cls": LessFeatures},
-        # what other models have to be told of images
-        kwargs_filter=("in_chans", "img_size"),
+        kwargs_filter=passed_over,
         **(sizes | given),
     )
     return model
