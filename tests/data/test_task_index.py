@@ -8,11 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from task_archives import COUNTS, SIDE, Miniature, crops, samples_tiff, small
+from task_archives import COUNTS, SIDE, SPLITS, Miniature, crops, samples_tiff, small
 
 from vision_lowrank.data import task_index
 from vision_lowrank.data.image_tasks import open_task
 from vision_lowrank.data.task_cards import load_task_card
+from vision_lowrank.data.task_index import digest
 from vision_lowrank.errors import DataError, SplitError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -201,6 +202,26 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(dfc2020, monkeypatch, ca
     monkeypatch.setattr(task_index, "write_csv", refuse)
     assert len(dfc2020.open().train) == 4
     assert "dfc2020: index not kept ([Errno 30] Read-only file system)" in caplog.text
+
+
+def test_validation_may_be_written_out(eurosat):
+    expected = eurosat.open().validation.images.tolist()
+    for row in eurosat.rows:
+        row["split"] = SPLITS[row["split"]]
+    assert eurosat.open().validation.images.tolist() == expected
+
+
+def test_whatever_the_card_says_of_files_and_labels_makes_other_samples(dfc2020):
+    task, card = dfc2020.open(), dfc2020.card
+    changes = (
+        {"kind": "multilabel"}, {"folder": "other"}, {"layouts": ("eurosat_lists",)}, {"bands": card.bands[::-1]},
+        {"radar": card.radar[::-1]}, {"side": 9}, {"classes": card.classes[::-1]}, {"ignore": card.ignore[1:]},
+    )  # fmt: skip
+    found = [digest(one, task.train.store) for one in (card, *(dataclasses.replace(card, **c) for c in changes))]
+    assert len(set(found)) == len(found)
+    coarser = dataclasses.replace(dfc2020.card, gsd=20.0)
+    assert open_task(coarser, dfc2020.root).fingerprint != task.fingerprint
+    assert open_task(coarser, dfc2020.root).test.fingerprint != task.test.fingerprint
 
 
 def test_other_sizes_than_the_cards_are_logged(dfc2020, caplog):
