@@ -12,6 +12,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from task_archives import COUNTS, SIDE, SPLITS, WRITERS, Miniature, expected_mask, pages_tiff, samples_tiff, small
 from torch.utils.data import DataLoader
 
@@ -256,11 +257,21 @@ def test_axes_are_told_by_the_number_of_bands(writer, dtype):
     assert found.dtype == dtype
 
 
+def test_compressed_pages_are_read_in_their_order():
+    values = np.random.default_rng(0).integers(0, 255, (12, 5, 5)).astype(np.uint16)
+    for array in (values, values.transpose(1, 2, 0)):
+        first, *rest = [Image.fromarray(page) for page in np.ascontiguousarray(array)]
+        buffer = io.BytesIO()
+        first.save(buffer, "TIFF", save_all=True, append_images=rest, compression="tiff_lzw")
+        np.testing.assert_array_equal(read_tiff(buffer.getvalue(), 12, "tile.tif"), values)
+
+
 @pytest.mark.parametrize(
     ("shape", "channels", "message"),
     [
         ((3, 5, 5), 4, "tile.tif: 3 x 5 x 5, neither bands x side x side nor side x side x bands with 4 bands"),
         ((3, 5, 6), 3, "tile.tif: 3 x 5 x 6, neither"),
+        ((6, 5, 3), 3, "tile.tif: 6 x 5 x 3, neither"),
         ((5, 5, 5), 5, "tile.tif: 5 x 5 x 5, cannot tell bands from rows with 5 bands"),
     ],
 )

@@ -13,7 +13,7 @@ from task_archives import COUNTS, SIDE, SPLITS, Miniature, crops, samples_tiff, 
 from vision_lowrank.data import task_index
 from vision_lowrank.data.image_tasks import open_task
 from vision_lowrank.data.task_cards import load_task_card
-from vision_lowrank.data.task_index import digest
+from vision_lowrank.data.task_index import Row, digest, group_of, regroup
 from vision_lowrank.errors import DataError, SplitError
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -250,6 +250,20 @@ def test_grouped_keeps_crops_of_one_image_together(tmp_path):
     assert again.validation.groups.tolist() == drawn[2].validation.groups.tolist()
 
 
+def test_grouped_comes_as_near_to_the_old_sizes_as_groups_allow():
+    card = load_task_card("dfc2020")
+    rows = [Row(f"x/scene{group}_{number}.tif", "") for group in range(4) for number in range(5)]
+    for wanted, held in ((1, 5), (7, 5), (8, 10), (9, 10), (12, 10), (13, 15), (19, 15)):
+        found = regroup(card, {"train": rows[wanted:], "validation": rows[:wanted], "test": []}, 0)
+        assert (len(found["train"]), len(found["validation"])) == (20 - held, held)
+
+
+def test_a_group_fits_whole_names_only():
+    card = load_task_card("dfc2020")
+    assert group_of(card, Row("x/scene_p1_3.tif", "")) == "scene_p1"
+    assert group_of(card, Row("x/scene_p1_3_old.tif", "")) is None
+
+
 def test_grouped_needs_groups(dfc2020, eurosat, caplog):
     with pytest.raises(SplitError, match="task eurosat: split grouped: the card has no `group`"):
         eurosat.open(split="grouped")
@@ -277,6 +291,8 @@ def test_a_fraction_keeps_every_class_and_grows_with_the_share(tmp_path):
         labels = np.bincount([int(sample["label"]) for sample in task.train], minlength=17)
         sizes[fraction] = set(task.train.groups)
         assert labels.tolist() == [max(1, round(fraction * 10))] * 17
+        order = [whole.train.images.tolist().index(name) for name in task.train.images]
+        assert order == sorted(order)
         assert (len(task.validation), len(task.test)) == (2, 2)
     assert sizes[0.001] == sizes[0.1] < sizes[0.3] < sizes[1.0]
     other = open_task(made.card, tmp_path, fraction=0.3, seed=2)
