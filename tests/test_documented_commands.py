@@ -91,7 +91,7 @@ def test_a_documented_command_can_be_given(path, command, monkeypatch):
     module = importlib.import_module(program.removesuffix(".py"))
     if configuration := re.search(r'config_path=(.+?), config_name="(\w+)"', Path(module.__file__).read_text()):
         place, name = configuration.groups()
-        folder = Path(module.__file__).parent / place.strip('"') if place.startswith('"') else CONFIGS
+        folder = Path(module.__file__).parent / eval(place, vars(module))
         if "..." in arguments:
             # stands for the overrides of another line, without which there is nothing to compose
             assert [item for item in arguments if not item.startswith(("...", "resume=", "ckpt_path="))] == []

@@ -20,9 +20,9 @@ from vision_lowrank.console import run_as_command, start
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.precision import choose_device
 from vision_lowrank.runs import atomic_path, check_command, checked_seeds, open_run, process_rank, write_csv, write_json
+from vision_lowrank.shipped import CONFIGS
 from vision_lowrank.tasks.composition import Job, check_sampling, run_jobs
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # files that a run has beside those of its scenes
 OWN_FILES = ("scenes", "metrics", "provenance")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

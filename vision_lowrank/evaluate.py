@@ -12,6 +12,7 @@ from vision_lowrank.errors import ConfigError
 from vision_lowrank.few_labels import run_few_labels
 from vision_lowrank.raster_benchmark import run_raster_benchmark
 from vision_lowrank.runs import check_command
+from vision_lowrank.shipped import CONFIGS
 
 BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {
     "composition": run_composition,
@@ -20,7 +21,7 @@ BENCHMARKS: dict[str, Callable[[DictConfig], Path]] = {
 }
 
 
-@hydra.main(config_path="../configs", config_name="evaluate", version_base="1.3")
+@hydra.main(config_path=str(CONFIGS), config_name="evaluate", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Runs the benchmark that `config` describes; exits with status 2 after an error that the user can mend."""
     run_as_command(lambda: run(config))

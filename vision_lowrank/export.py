@@ -23,6 +23,7 @@ from vision_lowrank.errors import CheckpointError, ConfigError
 from vision_lowrank.models import LolaSpecViT
 from vision_lowrank.predictors import WindowPredictor
 from vision_lowrank.runs import atomic_path, check_command, check_writable, write_json
+from vision_lowrank.shipped import CONFIGS
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # of the extra `onnx`
@@ -214,7 +215,7 @@ def describe(run: TrainedRun, side: int) -> dict[str, object]:
     }
 
 
-@hydra.main(config_path="../configs/export", config_name="export", version_base="1.3")
+@hydra.main(config_path=str(CONFIGS / "export"), config_name="export", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Exports what `config` describes; exits with status 2 after an error that the user can mend."""
     run_as_command(lambda: export(config))

@@ -21,6 +21,7 @@ from vision_lowrank.precision import choose_device, choose_precision
 from vision_lowrank.prediction_files import Grid, Parts, write_geotiff
 from vision_lowrank.predictors import Predictor, make_predictor
 from vision_lowrank.runs import check_command, check_writable
+from vision_lowrank.shipped import CONFIGS
 from vision_lowrank.trained_run import TrainedRun, load_run
 
 # least height of a window in pixels; what is read twice for the margins of windows shrinks with it
@@ -182,7 +183,7 @@ def _write(
     return [out] if probabilities is None else [out, probabilities]
 
 
-@hydra.main(config_path="../configs/predict", config_name="predict", version_base="1.3")
+@hydra.main(config_path=str(CONFIGS / "predict"), config_name="predict", version_base="1.3")
 def main(config: DictConfig) -> None:
     """Predicts what `config` describes; exits with status 2 after an error that the user can mend."""
     run_as_command(lambda: predict(config))

@@ -46,6 +46,7 @@ from vision_lowrank.runs import (
     write_csv,
     write_json,
 )
+from vision_lowrank.shipped import PACKAGE
 from vision_lowrank.sprite_classifier_run import load_classifier
 from vision_lowrank.tasks.text_to_image import TextToImage
 
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = 8
 # the world of sprites that comes with the project: pipeline, loras/CONCEPT.safetensors, classifier
-WORLD = Path(__file__).resolve().parent / "assets" / "sprites"
+WORLD = PACKAGE / "assets" / "sprites"
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from vision_lowrank.composer.sampler import Settings
 from vision_lowrank.composer.text import Encoded, encode
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import make_record, nearest, read_record
+from vision_lowrank.shipped import PACKAGE
 
 # along a side: more is a mistake, and would fill memory before anything could say so
 MOST_PIXELS = 16384
-SCENES_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "scenes"
+SCENES_FOLDER = PACKAGE / "assets" / "scenes"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import numpy as np
 from vision_lowrank.data.bands import Bands, check_wavelengths
 from vision_lowrank.errors import DataError
 from vision_lowrank.records import nearest, read_record
+from vision_lowrank.shipped import CARDS_FOLDER
 
 # maps are uint8, and 255 is for pixels without a class
 MOST_CLASSES = 255
-CARDS_FOLDER = Path(__file__).resolve().parents[2] / "datasets"
 
 
 @dataclass(frozen=True)
