@@ -42,6 +42,18 @@ def test_an_error_that_a_user_can_mend_is_one_line(execute):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: size=9: at most 8\n")
 
 
+def test_help_for_which_a_choice_is_missing_tells_the_choices(execute, tmp_path):
+    (tmp_path / "program.yaml").write_text("defaults:\n  - size: ???\n")
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "small.yaml").write_text("width: 1\n")
+    done = execute("--help")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: You must specify 'size'")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.split()[-1] == "small"
+    assert "width: 1" in execute("--help", "size=small").stdout
+
+
 def test_a_job_that_fails_does_not_end_its_sweep(execute):
     done = execute("-m", "size=9,3,11,5")
     assert done.returncode == 2

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 
 from vision_lowrank.errors import VisionLowRankError
@@ -26,7 +27,11 @@ _failed: list[str] = []
 
 def start(main: Callable[[], object]) -> None:
     """Starts a command of Hydra; after a sweep some of whose jobs failed, names them and exits with status 2."""
-    main()
+    try:
+        main()
+    except HydraException as error:
+        # of --help, before which Hydra composes without telling of errors itself
+        sys.exit(f"error: {error}")
     if _failed:
         print(f"error: failed in this sweep: {'; '.join(_failed)}", file=sys.stderr)
         sys.exit(2)
