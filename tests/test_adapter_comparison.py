@@ -14,7 +14,7 @@ from scipy import stats
 from stripes import write_stripes
 from torch import nn
 
-from vision_lowrank import adapter_comparison
+from vision_lowrank import adapter_comparison, fitting
 from vision_lowrank.adapter_comparison import mean_intruders
 from vision_lowrank.adapter_report import comparison_table, main
 from vision_lowrank.adapters import FlyLoRA, LoRA, inject
@@ -110,7 +110,7 @@ def test_what_is_finished_is_not_done_again(result, card, runs, monkeypatch):
 
     folder = runs / "adapter_comparison" / "lora-seed0"
     monkeypatch.setattr(adapter_comparison, "train_network", refuse)
-    monkeypatch.setattr(adapter_comparison, "pretrain", refuse)
+    monkeypatch.setattr(fitting, "pretrain", refuse)
     (again,) = train(configure(card, runs))
     assert again.scores["test"].oa == result.scores["test"].oa
     # stopped after the trials, before the scores

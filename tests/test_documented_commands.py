@@ -130,6 +130,15 @@ def test_a_wrong_option_would_be_found(monkeypatch, capsys):
     assert "fetsh" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["less_vit", "lola_specvit"])
+def test_documented_models_are_built(name):
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / f"{name}.md").read_text(), flags=re.S)
+    known = {}
+    exec(code, known)
+    assert known["model"].num_classes == (10 if name == "less_vit" else 16)
+    assert "logits" not in known or known["logits"].shape == (2, 10)
+
+
 @pytest.mark.parametrize(("path", "command"), names("make"))
 def test_a_documented_target_exists(path, command):
     target = command.split()[1]

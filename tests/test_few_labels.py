@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from stripes import write_stripes
 
-from vision_lowrank import few_labels
+from vision_lowrank import few_labels, fitting
 from vision_lowrank.data.few_labels import FewLabelPatches, keep_labels
 from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.splits import Split, block_split, random_split
@@ -220,8 +220,8 @@ def test_a_run_of_each_method_on_one_division(root, card):
 
 def test_it_goes_on_where_it_was_stopped(root, card, monkeypatch, caplog):
     before = {path: path.read_text() for path in root.glob("*-seed*/*/metrics.json")}
-    for name in ("train_network", "pretrain", "fit_baseline"):
-        monkeypatch.setattr(few_labels, name, lambda *_: pytest.fail("done again"))
+    for module, name in ((few_labels, "train_network"), (fitting, "pretrain"), (few_labels, "fit_baseline")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("done again"))
     assert run_few_labels(configure(card, root.parent)) == root
     monkeypatch.undo()
     lost = root / "blocks-4-seed0" / "lola_adapt" / "metrics.json"

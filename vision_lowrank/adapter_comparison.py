@@ -21,7 +21,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from vision_lowrank.adapter_budget import size_for_budget
@@ -32,16 +31,16 @@ from vision_lowrank.evaluation.tables import RunResult, read_result
 from vision_lowrank.fitting import (
     build,
     load_base,
-    pretrain,
     rehearse,
     restore_network,
+    shared_base,
     train_network,
     training_batches,
 )
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.memory import step_bytes
 from vision_lowrank.precision import choose_precision
-from vision_lowrank.runs import atomic_folder, atomic_path, provenance, write_json
+from vision_lowrank.runs import atomic_path, provenance, write_json
 from vision_lowrank.scene_run import evaluate_map
 
 logger = logging.getLogger(__name__)
@@ -156,16 +155,7 @@ def _base(config: DictConfig, data: SceneDataModule, root: Path, precision: str)
     needed |= {"seed": config.comparison.pretraining_seed, "batch_size": config.data.batch_size, "precision": precision}
     needed |= {"limit": config.trainer.limit_train_batches}
     digest = hashlib.sha256(json.dumps(needed, sort_keys=True).encode()).hexdigest()[:8]
-    folder = root / f"base-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"base-{digest}.lock"):
-        if not (folder / "provenance.json").exists():
-            L.seed_everything(config.comparison.pretraining_seed, workers=True, verbose=False)
-            model = pretrain(config, data, folder, precision)
-            with atomic_folder(folder / "model") as temporary:
-                model.save_pretrained(temporary)
-            write_json(folder / "provenance.json", {**provenance(precision, data.scene.hashes), "recipe": needed})
-    return folder / "model"
+    return shared_base(config, data, root / f"base-{digest}", needed["seed"], precision, recipe=needed)
 
 
 def _sized(config: DictConfig, data: SceneDataModule) -> tuple[DictConfig, dict[str, Any]]:

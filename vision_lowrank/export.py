@@ -109,7 +109,7 @@ def export(config: DictConfig) -> list[Path]:
         raise ConfigError(f"out={out}: give the name of a file ending in .onnx or .pt2")
     if out.suffix == ".onnx" and (missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]):
         raise ConfigError(
-            f"out={out}: {', '.join(missing)} not installed; pip install 'vision-lowrank[onnx]', or give a .pt2"
+            f"out={out}: {', '.join(missing)} not installed; pip install {' '.join(missing)}, or give a .pt2"
         )
     run = load_run(config.weights)
     check_writable(out)

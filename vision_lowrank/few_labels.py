@@ -21,24 +21,22 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from vision_lowrank.baselines import fit_baseline, is_baseline
 from vision_lowrank.data.few_labels import keep_labels
 from vision_lowrank.data.modules import SceneDataModule
-from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.data.splits import Split
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.metrics import score
 from vision_lowrank.evaluation.tables import RunResult, read_result, write_metrics
 from vision_lowrank.few_labels_options import WALKED, check_options
 from vision_lowrank.few_labels_report import report
-from vision_lowrank.fitting import pretrain, train_network
+from vision_lowrank.fitting import shared_base, train_network
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.precision import choose_device, choose_precision
-from vision_lowrank.random_walk import random_walk, read_walk
-from vision_lowrank.runs import atomic_folder, atomic_path, provenance, write_json
+from vision_lowrank.runs import atomic_path, provenance, write_json
+from vision_lowrank.scene_run import spread
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +141,8 @@ class Division:
             config.trainer.accelerator = self.accelerator
             config.patience = config.trainer.max_epochs
             if config.regime == "adapt" and config.base is None:
-                config.base = str(self._base(config, data))
+                place = self.root / "bases" / f"{self.kind}-seed{self.seed}"
+                config.base = str(shared_base(config, data, place, self.seed, self.precision))
         data.split = keep_labels(data.split, data.scene.labels, data.num_classes, run.labels)
         shutil.rmtree(folder, ignore_errors=True)
         data.split.save(folder / "split.npz")
@@ -158,18 +157,10 @@ class Division:
             probabilities, facts = fit_baseline(config.model, data)
         facts["seconds"] = facts.get("seconds", 0.0) + time.perf_counter() - started
         facts |= _about(run, data, facts, method)
-        walked = self._walk(probabilities, data)
+        walked = spread(probabilities, data, self.options["random_walk"])
         # the run's own folder last: its scores mark it as finished
         self._write(folder / "random_walk", run, data, walked, {**facts, "random_walk": True, "transductive": True})
         return self._write(folder, run, data, probabilities, {**facts, "random_walk": False})
-
-    def _walk(self, probabilities: np.ndarray, data: SceneDataModule) -> np.ndarray:
-        """Spreads a result over the scene, from the labels that training kept."""
-        seeds = np.full(data.scene.labels.size, IGNORE)
-        seeds[data.split.train] = data.scene.labels.flat[data.split.train]
-        walk = read_walk(self.options["random_walk"])
-        place = seeds.reshape(data.split.shape)
-        return random_walk(probabilities, data.scaled_image(), place, walk, data.scene.valid)
 
     def _write(
         self, folder: Path, run: Run, data: SceneDataModule, probabilities: np.ndarray, facts: Mapping[str, Any]
@@ -217,21 +208,6 @@ class Division:
         # hundreds of runs leave numbers, not gigabytes of weights
         shutil.rmtree(folder)
         return probabilities, dict(trained.facts)
-
-    def _base(self, config: DictConfig, data: SceneDataModule) -> Path:
-        """Returns the folder of the division's base, pretrained by the first run that asks."""
-        folder = self.root / "bases" / f"{self.kind}-seed{self.seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not (folder / "provenance.json").exists():
-                L.seed_everything(self.seed, workers=True, verbose=False)
-                started = time.perf_counter()
-                model = pretrain(config, data, folder, self.precision)
-                with atomic_folder(folder / "model") as temporary:
-                    model.save_pretrained(temporary)
-                seconds = {"seconds": time.perf_counter() - started}
-                write_json(folder / "provenance.json", provenance(self.precision, data.scene.hashes) | seconds)
-        return folder / "model"
 
 
 def _about(run: Run, data: SceneDataModule, facts: Mapping[str, Any], method: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import lightning as L
 import numpy as np
 import torch
+from filelock import FileLock
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
@@ -39,7 +40,7 @@ from vision_lowrank.models.lola_specvit import LolaSpecViT
 from vision_lowrank.models.saved import load_saved
 from vision_lowrank.pixel_predictor import PixelPredictor
 from vision_lowrank.reporting import save_training_curves
-from vision_lowrank.runs import atomic_folder, process_rank, write_csv
+from vision_lowrank.runs import atomic_folder, process_rank, provenance, write_csv, write_json
 from vision_lowrank.tasks.adapter_training import (
     AdapterOptions,
     AdapterTraining,
@@ -170,9 +171,7 @@ def train_network(
     trainer = make_trainer(config, precision, [best, last, stop, *hooks], use_distributed_sampler=False)
     started = time.perf_counter()
     ckpt_path = config.ckpt_path if resumed == "training" else None
-    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, task, data, ckpt_path)
     if process_rank() > 0:
         return None
     facts["training_seconds"] = time.perf_counter() - started
@@ -410,14 +409,38 @@ def pretrain(
         _settle_decoder(task, next(iter(data.pretrain_dataloader()))["image"])
         # several processes wait for the gradient of each weight, and the loss has none for the head
         model.get_classifier().requires_grad_(False)
-    trainer.fit(task, data.pretrain_dataloader(), ckpt_path=ckpt_path, weights_only=True)
+    fit(trainer, task, data.pretrain_dataloader(), ckpt_path)
     if together:
         model.get_classifier().requires_grad_(True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     if process_rank() == 0:
         write_csv(folder / "pretraining.csv", task.history)
     return model
+
+
+def shared_base(
+    config: DictConfig, data: SceneDataModule, folder: Path, seed: int, precision: str, **facts: Any
+) -> Path:
+    """Returns where the weights are of a base that several runs share: the first that asks pretrains it, others wait.
+
+    Args:
+        config: as for `pretrain`, like `data` and `precision`.
+        data: see there.
+        folder: of the base alone; `provenance.json` in it is written last.
+        seed: of the pretraining.
+        precision: see there.
+        facts: for `provenance.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "provenance.json").exists():
+            L.seed_everything(seed, workers=True, verbose=False)
+            started = time.perf_counter()
+            model = pretrain(config, data, folder, precision)
+            with atomic_folder(folder / "model") as temporary:
+                model.save_pretrained(temporary)
+            facts["seconds"] = time.perf_counter() - started
+            write_json(folder / "provenance.json", provenance(precision, data.scene.hashes) | facts)
+    return folder / "model"
 
 
 @torch.no_grad()
@@ -455,3 +478,10 @@ def make_trainer(config: DictConfig, precision: str, callbacks: Sequence[Callbac
         **changes,
     )
     return trainer
+
+
+def fit(trainer: L.Trainer, task: L.LightningModule, data: Any, ckpt_path: str | None) -> None:
+    """Trains, or goes on from a checkpoint; raises the KeyboardInterrupt that Lightning would end quietly at."""
+    trainer.fit(task, data, ckpt_path=ckpt_path, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from vision_lowrank.inference import AUTOCAST
+from vision_lowrank.inference import autocast
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -82,11 +82,10 @@ def step_bytes(task: nn.Module, batch: Mapping[str, Tensor], precision: str) -> 
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    dtype = AUTOCAST.get(precision)
     kind = next(task.parameters()).device.type
     with (
         torch.random.fork_rng(),
-        torch.autocast(kind, dtype=dtype, enabled=dtype is not None),
+        autocast(kind, precision),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         # the graph holds the tensors, so that no two of them are counted at one address

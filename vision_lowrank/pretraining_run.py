@@ -29,7 +29,7 @@ from vision_lowrank.evaluation.reconstruction import (
     squared_errors,
 )
 from vision_lowrank.evaluation.tables import summarise
-from vision_lowrank.fitting import make_trainer
+from vision_lowrank.fitting import fit, make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.hyper_mae import Reconstruction
 from vision_lowrank.models.less_vit import assemble
@@ -97,9 +97,7 @@ def run_pretraining(config: DictConfig) -> tuple[Path, dict[str, dict[str, float
     validated = any(source.validation.size for source in data.sources.values())
     trainer = make_trainer(config, precision, [best, last] if validated else [last], use_distributed_sampler=False)
     started = time.perf_counter()
-    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, task, data, config.ckpt_path)
     if process_rank() > 0:
         return folder, {}
     seconds = time.perf_counter() - started

@@ -96,7 +96,7 @@ def fit_raster(
     """Trains once a learning rate, all alike otherwise, chooses by the validation metric, then predicts the test sets.
 
     Whatever was interrupted goes on from its last whole epoch, and finished trials are not repeated, when called again
-    with the same arguments (the last two and `device` may differ). A rate at which training diverges is out.
+    with the same arguments (`device`, `num_workers` and `tests` may differ). A rate at which training diverges is out.
 
     Args:
         task_data: the task; its test set is used only if it is among `tests`.

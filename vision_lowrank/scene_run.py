@@ -96,6 +96,19 @@ def _open_folder(config: DictConfig, data: SceneDataModule, precision: str) -> P
     return folder
 
 
+def spread(probabilities: np.ndarray, data: SceneDataModule, settings: Mapping[str, Any]) -> np.ndarray:
+    """Lets a walk go over the scene from the labels of its training pixels, see `random_walk.random_walk`.
+
+    Args:
+        probabilities: (height * width, classes).
+        data: after `setup`.
+        settings: as for `read_walk`.
+    """
+    seeds = np.full(data.split.shape, IGNORE)
+    seeds.flat[data.split.train] = data.scene.labels.flat[data.split.train]
+    return random_walk(probabilities, data.scaled_image(), seeds, read_walk(settings), data.scene.valid)
+
+
 def evaluate_map(
     config: DictConfig,
     data: SceneDataModule,
@@ -116,11 +129,7 @@ def evaluate_map(
     """
     maps = {(folder, name): (probabilities, facts)}
     if config.get("random_walk") is not None:
-        seeds = np.full(data.scene.labels.size, IGNORE)
-        seeds[data.split.train] = data.scene.labels.flat[data.split.train]
-        seeds = seeds.reshape(data.split.shape)
-        walk = read_walk(config.random_walk)
-        walked = random_walk(probabilities, data.scaled_image(), seeds, walk, data.scene.valid)
+        walked = spread(probabilities, data, config.random_walk)
         # the run's own folder last: its scores mark it as finished
         extra = {(folder / "random_walk", f"{name} + random walk"): (walked, {**facts, "transductive": True})}
         maps = extra | maps

@@ -9,10 +9,11 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 
+from vision_lowrank.checkpoints import checkpoints, read_checkpoint
 from vision_lowrank.data.sprite_modules import BoxDataModule
 from vision_lowrank.data.sprites import SHEET, SPRITES
 from vision_lowrank.errors import CheckpointError
-from vision_lowrank.fitting import checkpoints, make_trainer, read_checkpoint
+from vision_lowrank.fitting import fit, make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.saved import load_saved
 from vision_lowrank.models.sprite_classifier import SpriteClassifier, crop
@@ -56,9 +57,7 @@ def run_classifier(config: DictConfig) -> Path:
     best, last = checkpoints(folder, "val/accuracy", "max")
     trainer = make_trainer(config, precision, [best, last], reload_dataloaders_every_n_epochs=1)
     started = time.perf_counter()
-    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, task, data, config.ckpt_path)
     if process_rank() > 0:
         return folder
     seconds = time.perf_counter() - started

@@ -30,7 +30,7 @@ from vision_lowrank.data.sprites import (
     with_article,
 )
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.fitting import make_trainer
+from vision_lowrank.fitting import fit, make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.sprite_classifier import SpriteClassifier
 from vision_lowrank.plots.curves import save_curves
@@ -109,13 +109,17 @@ class Samples(Callback):
         self.started = time.perf_counter()
 
 
-def sample(pipeline: Any, prompts: Sequence[str], precision: str, seed: int = 0, steps: int = 20) -> np.ndarray:
+def sample(pipeline: Any, prompts: Sequence[str], precision: str, seed: int = 0) -> np.ndarray:
     """Returns one image a prompt, uint8 (prompts, height, width, 3); torch's global generator is left as it was."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     device = pipeline.unet.device.type
     with torch.autocast(device, torch.bfloat16, enabled="bf16" in str(precision)):
         images = pipeline(
-            list(prompts), num_inference_steps=steps, guidance_scale=4.0, generator=generators, output_type="np"
+            list(prompts),
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=generators,
+            output_type="np",
         ).images
     return np.rint(255 * np.asarray(images)).clip(0, 255).astype(np.uint8)
 
@@ -277,9 +281,7 @@ def _fit(
         reload_dataloaders_every_n_epochs=1,
     )  # fmt: skip
     started = time.perf_counter()
-    trainer.fit(task, data, ckpt_path=config.ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, task, data, config.ckpt_path)
     return time.perf_counter() - started
 
 

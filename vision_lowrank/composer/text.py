@@ -96,7 +96,11 @@ class _Encoder:
 
     @torch.no_grad()
     def encode(self, prompt: str, last: bool) -> tuple[Tensor, Tensor]:
-        """Returns states (L, T, width) of the last layer, or of the one before, and the pooled row (1, width)."""
+        """Returns states (L, T, width) of the last layer, or of the one before, and the pooled row (1, width).
+
+        Raises:
+            ConfigError: the prompt is too long, or as `tokenize`.
+        """
         pieces = self.tokenize(prompt)
         if len(pieces) > self.length - 2:
             raise ConfigError(
@@ -116,7 +120,11 @@ class _Encoder:
         return states, output[0 if hasattr(output, "text_embeds") else 1][:1]
 
     def tokenize(self, prompt: str) -> list[int | str]:
-        """Returns the prompt's ids, and the names of the concepts' tokens between them."""
+        """Returns the prompt's ids, and the names of the concepts' tokens between them.
+
+        Raises:
+            ConfigError: a token is in no LoRA, or in several with different embeddings.
+        """
         names = sorted(self.embeddings, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, names))})", prompt) if names else [prompt]
         pieces: list[int | str] = []
@@ -140,7 +148,11 @@ class _Encoder:
         return pieces
 
     def find(self, prompt: str, subject: str | None) -> list[int]:
-        """Returns the positions of the subject's tokens in the encoded prompt, all that it has."""
+        """Returns the positions of the subject's tokens in the encoded prompt, all that it has.
+
+        Raises:
+            ConfigError: it is not in the prompt, or as `tokenize`.
+        """
         pieces = self.tokenize(prompt)
         if subject is None:
             return [index for index, piece in enumerate(pieces, 1) if isinstance(piece, str)]

@@ -171,6 +171,9 @@ class DatasetCard:
         """Returns the folders where files of this card are looked for, one after the other.
 
         Downloads go to the first, but for a card of a package, which has none.
+
+        Raises:
+            DataError: the Python package that holds them is not installed.
         """
         own = [Path(root) / self.name, Path(root)]
         if self.source.package is None:

@@ -201,6 +201,9 @@ class SceneTiles(TileSource):
         """Returns a tile, float32 (channels, size, size), NaN in every band of pixels that lack one.
 
         Without brightness, values are logarithms.
+
+        Raises:
+            ConfigError: called before `setup`.
         """
         if self.scene is None:
             raise ConfigError("tiles: read before setup; call setup() first")
@@ -307,7 +310,11 @@ class GeoTiffFolder(TileSource):
         """Does nothing: a folder has its files."""
 
     def setup(self) -> None:
-        """Tries every file, divides them and settles on the bands; once."""
+        """Tries every file, divides them and settles on the bands; once.
+
+        Raises:
+            DataError: there is no file, or files contradict each other or what is stated of them.
+        """
         if self._items:
             return
         try:

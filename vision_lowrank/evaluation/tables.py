@@ -71,15 +71,14 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(
-    results: Sequence[RunResult], method: str, reference: str, metric: str = "oa", confidence: float = 0.95
+    results: Sequence[RunResult], method: str, reference: str, confidence: float = 0.95
 ) -> PairedDifference:
-    """Compares two methods on the splits that both were run on; several runs on one split count as their mean.
+    """Compares the OA of two methods on the splits that both were run on; runs on one split count as their mean.
 
     Args:
         results: runs of both methods.
         method: the method whose advantage is measured.
         reference: the method it is compared with.
-        metric: "oa", "aa" or "kappa" of the test pixels.
         confidence: probability that Student's t interval covers the true mean difference.
 
     Returns:
@@ -88,7 +87,7 @@ def paired_difference(
     Raises:
         DataError: the methods share no split.
     """
-    ours, theirs = _by_split(results, method, metric), _by_split(results, reference, metric)
+    ours, theirs = _by_split(results, method), _by_split(results, reference)
     common = [split for split in ours if split in theirs]
     if not common:
         raise DataError(f"methods {method!r} and {reference!r} have no split in common: run both with the same seeds")
@@ -182,11 +181,11 @@ def _cells(results: Sequence[RunResult], reference: str | None) -> tuple[list[st
     return header, rows
 
 
-def _by_split(results: Sequence[RunResult], method: str, metric: str) -> dict[str, float]:
+def _by_split(results: Sequence[RunResult], method: str) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for result in results:
         if result.method == method:
-            values.setdefault(result.split, []).append(getattr(result.scores["test"], metric))
+            values.setdefault(result.split, []).append(result.scores["test"].oa)
     return {split: float(np.mean(group)) for split, group in values.items()}
 
 

@@ -20,6 +20,10 @@ AT_ONCE = 32
 # sides of the windows in which sprites are looked for, as shares of the picture's, and their distance as share of them
 WINDOWS = (0.3, 0.36, 0.44, 0.53, 0.64, 0.78, 0.95)
 STRIDE = 0.2
+# of a find
+LEAST_PROBABILITY = 0.5
+# intersection over union of two boxes; of two that share more, the surer one stays
+LARGEST_OVERLAP = 0.3
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,11 @@ class SpriteClassifier(nn.Module, PyTorchModelHubMixin, library_name="vision-low
         self.head = nn.Linear(4 * width * 16, len(self.names) + 1)
 
     def forward(self, crops: Tensor) -> Tensor:
-        """Takes crops (B, 3, 32, 32) from -1 to 1 to logits (B, sprites + 1)."""
+        """Takes crops (B, 3, 32, 32) from -1 to 1 to logits (B, sprites + 1).
+
+        Raises:
+            ConfigError: the crops have another shape.
+        """
         if crops.shape[1:] != (3, CROP, CROP):
             raise ConfigError(f"crops are {tuple(crops.shape)}; give (crops, 3, {CROP}, {CROP}), as `crop` makes them")
         logits: Tensor = self.head(F.adaptive_avg_pool2d(self.features(crops), 4).flatten(1))
@@ -77,22 +85,13 @@ class SpriteClassifier(nn.Module, PyTorchModelHubMixin, library_name="vision-low
         logits = torch.cat([self(part) for part in parts])
         return logits.float().softmax(-1)
 
-    def locate(self, image: Tensor, threshold: float = 0.5, overlap: float = 0.3) -> list[Found]:
-        """Looks for sprites of any size.
-
-        Args:
-            image: (3, side, side) from -1 to 1.
-            threshold: least probability.
-            overlap: largest intersection over union of two boxes; of two that share more, the surer one stays.
-
-        Returns:
-            What was found, the surest first.
-        """
+    def locate(self, image: Tensor) -> list[Found]:
+        """Returns the sprites of any size in an image (3, side, side) from -1 to 1, the surest first."""
         boxes = _windows(image.shape[-1]).to(image.device)
         probabilities = self.classify(image, boxes)
         best, index = probabilities.max(-1)
-        chosen = ((index < len(self.names)) & (best >= threshold)).nonzero().squeeze(1)
-        kept = chosen[nms(boxes[chosen][:, [1, 0, 3, 2]], best[chosen], overlap)]
+        chosen = ((index < len(self.names)) & (best >= LEAST_PROBABILITY)).nonzero().squeeze(1)
+        kept = chosen[nms(boxes[chosen][:, [1, 0, 3, 2]], best[chosen], LARGEST_OVERLAP)]
         return [
             Found(self.names[int(index[place])], tuple(boxes[place].tolist()), float(best[place])) for place in kept
         ]

@@ -25,6 +25,9 @@ def warmup_cosine(total_steps: int, warmup: float) -> Callable[[int], float]:
     Args:
         total_steps: length of training in optimiser steps.
         warmup: share of it that the line takes.
+
+    Raises:
+        ConfigError: the warm-up is no share of training.
     """
     if not 0 <= warmup < 1:
         raise ConfigError(f"task.warmup is {warmup}; give a share of training from 0 up to, but not, 1")

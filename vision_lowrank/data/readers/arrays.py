@@ -33,7 +33,11 @@ NUMBERS = ("double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", 
 
 
 def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: CardShape) -> Raster:
-    """Reads an .npy file piece by piece, so that little more than the float32 result is ever in memory."""
+    """Reads an .npy file piece by piece, so that little more than the float32 result is ever in memory.
+
+    Raises:
+        DataError: the file is damaged, or holds something else than the card says.
+    """
     if key is not None:
         raise DataError(f"{path}: an .npy file holds one array; remove key {key!r} from the card")
 
@@ -49,7 +53,11 @@ def read_npy(path: Path, key: str | None, axes: str | None, height: int, width: 
 
 
 def read_npz(path: Path, key: str | None, axes: str | None, height: int, width: int, expected: CardShape) -> Raster:
-    """Reads one array of an .npz file; without `key` the file must hold a single one."""
+    """Reads one array of an .npz file; without `key` the file must hold a single one.
+
+    Raises:
+        DataError: the file is damaged, or holds something else than the card says.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             name = _choose(path, key, dict.fromkeys(file.files, ()), None)
@@ -70,6 +78,9 @@ def read_mat(path: Path, key: str | None, axes: str | None, height: int, width: 
     """Reads one array of a MATLAB file, v5 or v7.3; without `key` the only one with as many axes as `axes` (else 3, 2).
 
     Cell and object arrays are refused: they are not plain numbers.
+
+    Raises:
+        DataError: as `read_npy`.
     """
     try:
         if h5py.is_hdf5(path):

@@ -175,6 +175,9 @@ def read_bands(file: DatasetReader, path: Path) -> Bands | None:
     """Returns wavelengths from band tags or descriptions such as 'band 1 (418.24 Nanometers)'; None without any.
 
     Also, with a word in the log, where they are in a unit that is no known length, such as an index.
+
+    Raises:
+        DataError: a wavelength is no number, or cannot be one in nanometres.
     """
     centres, widths = [], []
     for index, description in zip(file.indexes, file.descriptions, strict=True):

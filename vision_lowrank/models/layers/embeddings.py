@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Rotation = tuple[Tensor, Tensor]
+# of a rotation, where the shortest is 1
+LONGEST_PERIOD = 100.0
 
 
 @dataclass(frozen=True)
@@ -104,28 +106,27 @@ def position_wavelength_embedding(coordinates: Coordinates, dim: int, unit: floa
     return channels.unsqueeze(2), positions.unsqueeze(1)
 
 
-def spectral_rotation(coordinates: Coordinates, dim: int, limits: tuple[float, float], base: float = 100.0) -> Rotation:
+def spectral_rotation(coordinates: Coordinates, dim: int, limits: tuple[float, float]) -> Rotation:
     """Returns sine and cosine (B, 1, 1 + C, dim) that turn the channel branch's queries and keys (SSRoPE of LESSViT).
 
     Args:
         coordinates: of the tokens.
         dim: width of a head, even.
         limits: wavelengths in nanometres that become -1 and 1.
-        base: ratio of the longest to the shortest period.
     """
     position = 2 * (coordinates.wavelengths - limits[0]) / (limits[1] - limits[0]) - 1
-    return _rotation(position.unsqueeze(-1), dim, base)
+    return _rotation(position.unsqueeze(-1), dim)
 
 
-def spatial_rotation(coordinates: Coordinates, dim: int, base: float = 100.0) -> Rotation:
+def spatial_rotation(coordinates: Coordinates, dim: int) -> Rotation:
     """Returns sine and cosine (B, 1, 1 + N, dim) that turn the spatial branch's queries and keys; `dim` in fours."""
-    return _rotation(coordinates.relative, dim, base)
+    return _rotation(coordinates.relative, dim)
 
 
-def _rotation(position: Tensor, dim: int, base: float) -> Rotation:
+def _rotation(position: Tensor, dim: int) -> Rotation:
     """Maps positions (B, L, axes) to sine and cosine (B, 1, 1 + L, dim), without a turn for the class token."""
     count = dim // (2 * position.shape[-1])
-    period = base ** (torch.arange(count, dtype=torch.float32, device=position.device) / count)
+    period = LONGEST_PERIOD ** (torch.arange(count, dtype=torch.float32, device=position.device) / count)
     angle = (2 * math.pi * position.unsqueeze(-1) / period).flatten(-2)
     angle = F.pad(torch.cat([angle, angle], dim=-1), (0, 0, 1, 0)).unsqueeze(1)
     return angle.sin(), angle.cos()

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.models.layers.shared_norm import SharedBatchNorm3d
 
+# side in pixels below which valid convolutions stop
+SMALLEST_MAP = 7
+
 
 def convolve_one_channel(layer: nn.Module, x: Tensor) -> Tensor:
     """Applies a 3D convolution of one channel; under autocast of a processor in float32, cast to autocast's format.
@@ -33,7 +36,7 @@ class SpectralStem(nn.Module):
     the original LoLA-SpecViT, would erase the components' order; here depth is folded into the channels and mixed by a
     1 x 1 convolution with a weight for each (component, feature) pair.
 
-    Convolutions are valid in space as long as the map stays at least `smallest_map` wide, and padded by one position
+    Convolutions are valid in space as long as the map stays at least `SMALLEST_MAP` wide, and padded by one position
     after that, so patches of any size go through; along the components they are padded to keep their number, and no
     longer than the components are.
 
@@ -43,7 +46,6 @@ class SpectralStem(nn.Module):
         channels: output channels of each 3D convolution.
         depths: kernel length of each 3D convolution along the components, odd; clipped to their number.
         dim: width of the output.
-        smallest_map: side below which valid convolutions stop.
 
     Attributes:
         map_size: side of the output map.
@@ -59,7 +61,6 @@ class SpectralStem(nn.Module):
         channels: Sequence[int],
         depths: Sequence[int],
         dim: int,
-        smallest_map: int = 7,
     ) -> None:
         super().__init__()
         if len(channels) != len(depths) or any(depth % 2 == 0 for depth in depths):
@@ -67,7 +68,7 @@ class SpectralStem(nn.Module):
         self.map_size = patch_size
         layers: list[nn.Module] = []
         for before, after, depth in zip([1, *channels], channels, depths, strict=False):
-            margin = 0 if self.map_size - 2 >= smallest_map else 1
+            margin = 0 if self.map_size - 2 >= SMALLEST_MAP else 1
             self.map_size -= 2 - 2 * margin
             # PyTorch 2.14 computes wrong bf16 weight gradients on CPUs where a padded kernel exceeds the first axis
             depth = min(depth, num_components - 1 + num_components % 2)

@@ -19,7 +19,6 @@ class WindowAttention(nn.Module):
         num_heads: number of heads.
         window_size: side of the windows in positions.
         map_size: side of the map in positions.
-        dropout: probability of dropping an attention weight while training.
 
     Raises:
         ConfigError: `num_heads` does not divide `dim`.
@@ -28,13 +27,12 @@ class WindowAttention(nn.Module):
     bias_index: Tensor
     padding_mask: Tensor | None
 
-    def __init__(self, dim: int, num_heads: int, window_size: int, map_size: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, window_size: int, map_size: int) -> None:
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"attention width {dim} is no multiple of its {num_heads} heads; change one of them")
         self.num_heads = num_heads
         self.window_size = window = min(window_size, map_size)
-        self.dropout = dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
@@ -57,13 +55,13 @@ class WindowAttention(nn.Module):
         if self.padding_mask is not None:
             # (windows of one map, heads, queries, keys), repeated for each sample
             bias = (bias + self.padding_mask[:, None, None, :]).repeat(x.shape[0], 1, 1, 1)
-        y = _attend(q, k, v, bias, self.dropout if self.training else 0.0)
+        y = _attend(q, k, v, bias)
         y = self.proj(rearrange(y, "b h n c -> b n (h c)"))
         y = rearrange(y, "(B a b) (w v) C -> B (a w) (b v) C", a=across, b=across, w=window)
         return y[:, :size, :size]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attends by what is fastest for small windows, in training too.
 
     In bfloat16 on processors, PyTorch 2.14 spends most of its time on the softmax, which is faster in float32.
@@ -73,13 +71,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Te
         if bias.ndim == 3 and not torch.is_grad_enabled():
             # with gradients three dimensions keep PyTorch 2.14 to one kernel, whether the bias is trained or frozen
             bias = bias[None]
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+        return F.scaled_dot_product_attention(q, k, v, bias)
     batch, heads, count, width = q.shape
     q, k, v = (x.reshape(batch * heads, count, width) for x in (q, k, v))
     products = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (batch, heads))
     # the sum takes its strides from the bias
     weights = torch.add(bias.contiguous(), products.float(), alpha=width**-0.5).softmax(-1).to(v.dtype)
-    weights = F.dropout(weights, dropout, dropout > 0)
     return torch.bmm(weights.flatten(0, 1), v).unflatten(0, (batch, heads))
 
 
