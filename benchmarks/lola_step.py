@@ -26,8 +26,8 @@ def _plain_convolution(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
 
 
 def contestant(convolution: bool, attention: bool, fused: bool) -> Callable[[Tensor, Tensor], None]:

@@ -1,7 +1,9 @@
 """The bounds that pyproject.toml states and the versions that constraints.txt pins belong together."""
 
+import ast
 import importlib.metadata
 import re
+import sys
 import tomllib
 
 import pytest
@@ -34,6 +36,20 @@ def test_each_dependency_is_pinned_to_a_version_that_its_bound_allows(requiremen
     assert [item.name for item in requirements if canonicalize_name(item.name) not in versions] == []
     refused = [str(item) for item in requirements if versions[canonicalize_name(item.name)] not in item.specifier]
     assert refused == []
+
+
+def test_what_the_package_imports_is_declared(repository, requirements):
+    """What another dependency brings along has no bound of ours, and may go."""
+    files = [repository / "train.py", *(repository / "vision_lowrank").rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"vision_lowrank"}
+    declared = {canonicalize_name(item.name) for item in requirements}
+    found = importlib.metadata.packages_distributions()
+    lacking = {name for name in modules if not declared & {canonicalize_name(part) for part in found.get(name, [name])}}
+    assert lacking == set()
+    assert {"torch", "yaml", "PIL"} <= modules
 
 
 def test_a_bound_that_refuses_its_pin_would_be_found():

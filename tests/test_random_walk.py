@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
-from vision_lowrank.random_walk import CLAMP, IGNORE, LEAST_EDGE, Walk, random_walk, read_walk
+from vision_lowrank.random_walk import CLAMP, LEAST_EDGE, Walk, random_walk, read_walk
 
 
 def slow_walk(probabilities, image, seeds, sharpness, prior):

@@ -36,6 +36,7 @@ from vision_lowrank.data.sprites import (
 )
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.evaluation.composition import (
+    NONE,
     Edges,
     Outcome,
     Share,
@@ -305,7 +306,7 @@ def _values(drawn: Sequence[Drawn], outcomes: Sequence[Sequence[Outcome]]) -> di
         "confusion": np.array(
             [
                 [
-                    np.mean([seen not in (name, "none") for name, seen in zip(asked, one.shown, strict=True)])
+                    np.mean([seen not in (name, NONE) for name, seen in zip(asked, one.shown, strict=True)])
                     for one in found
                 ]
                 for asked, found in zip(names, outcomes, strict=True)
@@ -360,7 +361,7 @@ def _confusions(
         counts = confusion(asked, shown, SPRITES)
         for concept in concepts:
             row = counts[SPRITES.index(concept)].tolist()
-            lines.append({"variant": name, "asked": concept, **dict(zip([*SPRITES, "none"], row, strict=True))})
+            lines.append({"variant": name, "asked": concept, **dict(zip([*SPRITES, NONE], row, strict=True))})
     return lines
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hydra
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from vision_lowrank.console import run_as_command, start
@@ -50,8 +50,6 @@ def predict(config: DictConfig) -> list[Path]:
         OSError: a file cannot be written.
     """
     begun = time.perf_counter()
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)} not given; the command takes weights=RUN scene=SCENE out=MAP.tif")
     check_command(config, weights=str, scene=str, out=str, probabilities=str | None, root=str)
     out, probabilities = _outputs(config)
     run = load_run(config.weights)

@@ -15,10 +15,10 @@ from scipy import sparse
 from scipy.ndimage import uniform_filter
 from scipy.sparse.linalg import splu
 
+from vision_lowrank.data.scene import IGNORE
 from vision_lowrank.errors import ConfigError
 from vision_lowrank.records import make_record
 
-IGNORE = 255
 # holds the known labels in place: large against the edges, which are at most 1
 CLAMP = 100.0
 # keeps the graph connected where an edge would vanish

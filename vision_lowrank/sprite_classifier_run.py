@@ -13,6 +13,7 @@ from vision_lowrank.checkpoints import checkpoints, read_checkpoint
 from vision_lowrank.data.sprite_modules import BoxDataModule
 from vision_lowrank.data.sprites import SHEET, SPRITES
 from vision_lowrank.errors import CheckpointError
+from vision_lowrank.evaluation.composition import NONE
 from vision_lowrank.fitting import fit, make_trainer
 from vision_lowrank.instantiate import instantiate
 from vision_lowrank.models.saved import load_saved
@@ -31,8 +32,6 @@ from vision_lowrank.runs import (
 from vision_lowrank.tasks.sprite_classification import SpriteClassification
 
 logger = logging.getLogger(__name__)
-
-NONE = "none"
 
 
 def run_classifier(config: DictConfig) -> Path:
