@@ -89,7 +89,7 @@ def attach(
         module = model.get_submodule(path)
         if not isinstance(module, AdaptedLayer):
             module = AdaptedLayer(layers[path])
-            _replace(model, path, module)
+            replace_layer(model, path, module)
         adapter.train(module.training)
         module.adapters[name] = adapter
         module.methods[name] = methods[path]
@@ -132,7 +132,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         for adapter in [name] if name is not None else list(layer.adapters):
             del layer.adapters[adapter], layer.methods[adapter]
         if not layer.adapters:
-            _replace(model, path, layer.base)
+            replace_layer(model, path, layer.base)
     for path in trained_modules(model, name):
         module = model.get_submodule(path)
         setattr(module, _MARK, frozenset() if name is None else getattr(module, _MARK) - {name})
@@ -152,7 +152,7 @@ def merge_and_remove(model: nn.Module) -> None:
         for adapter in layer.by_name.values():
             adapter.strength.fill_(1.0)
         layer.merge()
-        _replace(model, path, layer.base)
+        replace_layer(model, path, layer.base)
     for path in trained_modules(model):
         setattr(model.get_submodule(path), _MARK, frozenset())
 
@@ -243,6 +243,7 @@ def _freeze(model: nn.Module) -> None:
         module.requires_grad_(True)
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_layer(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one at a path."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

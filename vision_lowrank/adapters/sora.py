@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_lowrank.adapters.dylora import find_adapters, replace_by_lora
-from vision_lowrank.adapters.injection import _replace
+from vision_lowrank.adapters.injection import replace_layer
 from vision_lowrank.adapters.layers import Adapter, BaseLayer, apply_low_rank, low_rank_factors, weight_product
 from vision_lowrank.adapters.methods import check_alpha, check_rank
 from vision_lowrank.errors import AdapterError
@@ -143,5 +143,5 @@ def prune(model: nn.Module, name: str = "default") -> dict[str, int]:
             continue
         del layer.adapters[name], layer.methods[name]
         if not layer.adapters:
-            _replace(model, path, layer.base)
+            replace_layer(model, path, layer.base)
     return ranks
