@@ -207,6 +207,4 @@ def test_loss_and_scores_of_maps_are_those_of_their_labelled_pixels():
     task.validation_step(batch, 0)
     assert task.validation_pixels == known.sum()
     accuracy = (logits.argmax(1) == batch["label"][known]).float().mean()
-    scores = task.validation_scores.compute()
-    assert any(torch.isclose(value.float(), accuracy) for value in scores.values() if value.ndim == 0)
-    assert torch.equal(task.predict_step(batch, 0)[known], logits.argmax(1))
+    torch.testing.assert_close(task.validation_scores.compute()["val/OA"], accuracy)

@@ -177,10 +177,6 @@ class SceneClassification(ClippedFused):
         # Lightning rounds the mean number of processes down: of these it is whole
         self.log("val/loss", loss, prog_bar=True, batch_size=count * current_place()[1], sync_dist=True)
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Returns the predicted classes (batch,) or (batch, side, side)."""
-        return self(batch).argmax(dim=1)
-
     def on_fit_start(self) -> None:
         """Lays out the strength's cycles over the steps of this training."""
         # the trainer leaves modes as they are, so a frozen normalisation would start out in training mode
