@@ -135,7 +135,9 @@ def test_the_table_says_what_the_pictures_show(configure, monkeypatch, world, ca
                 picture = draw(scenes[job.name].background, shown, np.random.default_rng(number))
                 Image.fromarray(picture).save(path)
                 witness.pictures[to_tensor(picture).numpy().tobytes()] = shown
-            write_json(job.record, {"seeds": list(job.seeds), "seconds": 6.0, "peak_megabytes": 5.0, "losses": []})
+            # other work delayed all but one
+            seconds = 6.0 if job.name == list(scenes)[3] else 60.0
+            write_json(job.record, {"seeds": list(job.seeds), "seconds": seconds, "peak_megabytes": 5.0, "losses": []})
 
     monkeypatch.setattr(composition_benchmark, "run_jobs", paint)
     monkeypatch.setattr(composition_benchmark, "load_classifier", lambda folder: witness)

