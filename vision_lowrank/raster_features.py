@@ -75,7 +75,7 @@ def extract(
         num_workers: processes that read samples.
         device: cpu or cuda.
     """
-    about = {**identity, "samples": samples.fingerprint, "kind": kind, "layout": 2}
+    about = {**identity, "samples": samples.fingerprint, "kind": kind, "layout": 3}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = cache / f"{key}.npz"
     if path.exists():

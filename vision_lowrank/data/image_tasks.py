@@ -293,7 +293,7 @@ def _statistics(
 
 def _measure(card: TaskCard, store: Store, rows: Sequence[Row], cache: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of the bands over tiles, float32 (channels,); measured once, then kept."""
-    path = cache / f"statistics-{digest(card, store, rows)[:16]}.json"
+    path = cache / f"moments-{digest(card, store, rows)[:16]}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return np.asarray(kept["mean"], np.float32), np.asarray(kept["std"], np.float32)
