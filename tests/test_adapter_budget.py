@@ -83,6 +83,8 @@ def test_what_belongs_to_the_rank_grows_with_it():
     fly = {"_target_": "x", "rank": 8, "alpha": 16, "active": 2, "seed": 5}
     assert resize(fly, "rank", 12) == {**fly, "rank": 12, "alpha": 24, "active": 3}
     assert resize(fly, "rank", 1)["active"] == 1
+    # of 1.25 and 1.75, the nearest
+    assert [resize(fly, "rank", rank)["active"] for rank in (5, 7)] == [1, 2]
     stable = {"rank": 4, "alpha": 4, "rslora": True}
     # alpha / sqrt(rank) is doubled with a rank of four times: the scale of the update is what it was
     changed = resize(stable, "rank", 16)

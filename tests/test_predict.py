@@ -241,8 +241,17 @@ def test_embeddings_of_pixels(pixel_run, scene, tmp_path):
     np.testing.assert_allclose(found[valid], expected[valid], atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def pyramid_run(scene, tmp_path_factory):
+    """As `window_run`, with a head that reads the maps of four blocks."""
+    pyramid = ["model.head=upernet", "+model.decoder_dim=32", "model.encoder.depth=4", "trainer.max_epochs=1"]
+    return run_of(scene, tmp_path_factory.mktemp("pyramid"), *WINDOWS, *pyramid)
+
+
 @pytest.mark.usefixtures("small_windows")
-def test_embeddings_of_patches_of_less_vit(window_run, scene, tmp_path):
+@pytest.mark.parametrize("kind", ["window_run", "pyramid_run"])
+def test_embeddings_of_patches_of_less_vit(kind, request, scene, tmp_path):
+    window_run = request.getfixturevalue(kind)
     predict(window_run, write_raster(scene, tmp_path / "scene.tif"), tmp_path / "out.tif", "what=embeddings")
     model = LessSegmentation.from_pretrained(window_run / "model").eval()
     scaling = load_file(window_run / "preprocessing.safetensors")
@@ -262,7 +271,7 @@ def test_embeddings_of_patches_of_less_vit(window_run, scene, tmp_path):
         window = torch.from_numpy(padded[None, :, row : row + 4, column : column + 4].astype(np.float32))
         with torch.inference_mode():
             tokens = model.encoder.forward_features(window, torch.from_numpy(nanometres[used]), 2.0)
-            expected = model.channel_pools[0](tokens[:, 1:, 1:])[0].reshape(2, 2, 32).permute(2, 0, 1).numpy()
+            expected = model.channel_pools[-1](tokens[:, 1:, 1:])[0].reshape(2, 2, 32).permute(2, 0, 1).numpy()
         place = found[:, row // 2 : row // 2 + 2, column // 2 : column // 2 + 2]
         np.testing.assert_allclose(place, expected[:, : place.shape[1], : place.shape[2]], atol=1e-4)
 
