@@ -115,11 +115,7 @@ def sample(pipeline: Any, prompts: Sequence[str], precision: str, seed: int = 0)
     device = pipeline.unet.device.type
     with torch.autocast(device, torch.bfloat16, enabled="bf16" in str(precision)):
         images = pipeline(
-            list(prompts),
-            num_inference_steps=20,
-            guidance_scale=4.0,
-            generator=generators,
-            output_type="np",
+            list(prompts), num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="np"
         ).images
     return np.rint(255 * np.asarray(images)).clip(0, 255).astype(np.uint8)
 

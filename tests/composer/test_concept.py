@@ -52,6 +52,14 @@ def test_at_first_nothing_known_changes(base, student):
     assert not torch.allclose(states(student, "a <fox1> on grass"), states(base, "a dog on grass"))
 
 
+def test_the_last_of_three_words_starts_as_what_is_known(base):
+    pipeline = copy.deepcopy(base)
+    teach(pipeline, ["<a>", "<b>", "<c>"], "dog", LoRA(rank=2, alpha=6), UNET, TEXT)
+    known = states(base, "a dog on grass")
+    alike = [torch.equal(states(pipeline, f"a {word} on grass"), known) for word in ("<a>", "<b>", "<c>")]
+    assert alike == [False, False, True]
+
+
 def test_only_the_concept_is_trained(student):
     names = [
         name for part in (student.unet, student.text_encoder)
